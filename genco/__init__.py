@@ -1,0 +1,1 @@
+"""The front door: command line, demo, local services, simulated shoppers. Nothing imports this package."""

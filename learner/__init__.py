@@ -1,0 +1,1 @@
+"""Torch: features, reward model, generator, trainer, checkpoint, publication."""

@@ -1,0 +1,1 @@
+"""Kafka and Faust: contracts, the join of impressions and clicks, replay. No torch."""

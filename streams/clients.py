@@ -1,0 +1,197 @@
+"""Builds kafka-python and redis-py clients from settings, with limits that keep a broken network from blocking us.
+
+The defaults of both libraries wait for minutes: redis-py 8 retries ten times with a timeout of five seconds each, and
+retries writes too. So every client is made here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import redis
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.admin import NewTopic
+from kafka.errors import KafkaError, TopicAlreadyExistsError
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.retry import Retry
+
+from streams.contracts.settings import ConfigurationError, KafkaSettings, RedisSettings
+from streams.contracts.topics import JOINED, TOPICS
+
+COMPRESSION: Final = "gzip"
+"""Events repeat their field names, so they shrink five-fold; gzip is the one codec that needs no further package."""
+
+
+def kafka_options(settings: KafkaSettings) -> dict[str, Any]:
+    """Return the connection options that every kafka-python client takes."""
+    options: dict[str, Any] = {
+        "bootstrap_servers": settings.kafka_bootstrap_servers.split(","),
+        "security_protocol": settings.kafka_security_protocol,
+        "request_timeout_ms": 15_000,
+        "reconnect_backoff_max_ms": 2_000,
+    }
+    if settings.kafka_api_version:
+        options["api_version"] = tuple(int(part) for part in settings.kafka_api_version.split("."))
+    if settings.kafka_sasl_mechanism and settings.kafka_sasl_password:
+        options["sasl_mechanism"] = settings.kafka_sasl_mechanism
+        options["sasl_plain_username"] = settings.kafka_sasl_username
+        options["sasl_plain_password"] = settings.kafka_sasl_password.get_secret_value()
+    if settings.kafka_ssl_cafile:
+        options["ssl_cafile"] = str(settings.kafka_ssl_cafile)
+    return options
+
+
+def kafka_producer(settings: KafkaSettings, **options: Any) -> KafkaProducer:
+    """Return a producer whose acknowledged records survive a broker and are not repeated by its own retries.
+
+    Raises:
+        KafkaError: If no broker answers.
+    """
+    return KafkaProducer(
+        **kafka_options(settings)
+        | {
+            "acks": "all",
+            "enable_idempotence": True,
+            "compression_type": COMPRESSION,
+            "max_block_ms": 15_000,
+            "delivery_timeout_ms": 120_000,
+            "max_request_size": 4 * 2**20,
+        }
+        | options
+    )
+
+
+def kafka_consumer(settings: KafkaSettings, *topics: str, **options: Any) -> KafkaConsumer:
+    """Return a consumer that starts at the beginning and commits nothing by itself.
+
+    Raises:
+        KafkaError: If no broker answers.
+    """
+    return KafkaConsumer(
+        *topics,
+        **kafka_options(settings)
+        | {"auto_offset_reset": "earliest", "enable_auto_commit": False, "request_timeout_ms": 40_000}
+        | options,
+    )
+
+
+def assign_whole_topic(consumer: KafkaConsumer, topic: str) -> list[TopicPartition]:
+    """Assign every partition of a topic to the consumer, from its beginning, without a group.
+
+    Raises:
+        ConfigurationError: If the topic does not exist.
+    """
+    partitions = consumer.partitions_for_topic(topic)
+    if not partitions:
+        raise ConfigurationError(f"topic {topic} does not exist; create the topics with: genco topics create")
+    assignment = [TopicPartition(topic, p) for p in sorted(partitions)]
+    consumer.assign(assignment)
+    consumer.seek_to_beginning(*assignment)
+    return assignment
+
+
+def partitions_of(settings: KafkaSettings) -> dict[str, int]:
+    """Return the partition count of every topic of ours that exists.
+
+    Raises:
+        ConfigurationError: If no broker answers.
+    """
+    try:
+        consumer = kafka_consumer(settings)
+        try:
+            return {name: len(found) for name in TOPICS if (found := consumer.partitions_for_topic(name))}
+        finally:
+            consumer.close()
+    except (KafkaError, OSError) as error:
+        raise ConfigurationError(unreachable_kafka(settings, error)) from error
+
+
+def unreachable_kafka(settings: KafkaSettings, error: Exception) -> str:
+    """Return the line that tells a person what to do."""
+    return (
+        f"no Kafka broker answers at {settings.kafka_bootstrap_servers} ({type(error).__name__}: {error}); "
+        "start it, or set GENCO_KAFKA_BOOTSTRAP_SERVERS"
+    )
+
+
+def check_topics(settings: KafkaSettings) -> int:
+    """Return the partition count of the joined topics.
+
+    Raises:
+        ConfigurationError: If a topic is missing or the joined ones differ in their counts: an impression and its
+            click would then never meet.
+    """
+    counts = partitions_of(settings)
+    missing = sorted(TOPICS.keys() - counts.keys())
+    if missing:
+        raise ConfigurationError(f"topics {', '.join(missing)} do not exist; create them with: genco topics create")
+    joined = {name: counts[name] for name in JOINED}
+    if len(set(joined.values())) > 1:
+        most = max(joined.values())
+        mend = "; ".join(
+            f"kafka-topics.sh --bootstrap-server {settings.kafka_bootstrap_servers} --alter "
+            f"--topic {name} --partitions {most}"
+            for name, count in joined.items()
+            if count < most
+        )
+        raise ConfigurationError(
+            f"partition counts differ: {joined}; they must be equal. Stop all writers, then: {mend}"
+        )
+    return joined[JOINED[0]]
+
+
+def create_topics(settings: KafkaSettings, *, replication_factor: int = -1) -> list[str]:
+    """Create the topics that do not exist yet and return their names.
+
+    Args:
+        settings: Where, and how many partitions.
+        replication_factor: -1 for the broker's default.
+
+    Raises:
+        ConfigurationError: If the broker refuses or does not answer.
+    """
+    created = []
+    try:
+        admin = KafkaAdminClient(**kafka_options(settings))
+        try:
+            for topic in TOPICS.values():
+                config = {"cleanup.policy": "compact" if topic.compacted else "delete"}
+                if not topic.compacted:
+                    hours = topic.retention_hours
+                    config["retention.ms"] = "-1" if hours is None else str(hours * 3_600_000)
+                try:
+                    admin.create_topics(
+                        [
+                            NewTopic(
+                                topic.name,
+                                settings.partitions if topic.partitioned else 1,
+                                replication_factor,
+                                topic_configs=config,
+                            )
+                        ]
+                    )
+                    created.append(topic.name)
+                except TopicAlreadyExistsError:
+                    continue
+        finally:
+            admin.close()
+    except (KafkaError, OSError) as error:
+        raise ConfigurationError(unreachable_kafka(settings, error)) from error
+    return created
+
+
+def redis_client(settings: RedisSettings, *, timeout_s: float, retries: int) -> redis.Redis:
+    """Return a client whose calls end within (retries + 1) * timeout_s, and a little back-off.
+
+    Args:
+        settings: Where.
+        timeout_s: Of one attempt, connecting or reading.
+        retries: Further attempts; a write that timed out is sent again, so only idempotent writes may be made.
+    """
+    return redis.Redis.from_url(
+        settings.redis_url.get_secret_value(),
+        socket_timeout=timeout_s,
+        socket_connect_timeout=timeout_s,
+        retry=Retry(ExponentialWithJitterBackoff(base=0.01, cap=0.5), retries),
+        health_check_interval=0,
+    )

@@ -1,0 +1,191 @@
+"""Batches of events: newline-separated JSON (NDJSON), one batch for each Kafka record.
+
+A bad line never spoils its neighbors: `decode_batch` returns the good events and, for each bad one, its place, the
+field and the reason. A batch of one is a single event, so any client can write to the topics by hand.
+
+Marks: a record with the header `genco-mark` holds no events but the time up to which the partition is complete. A
+replay writes them, so that the clock of a log goes on where it has gaps, and ends each partition with `END_OF_LOG_MS`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Generic, TypeVar
+
+import msgspec
+
+from streams.contracts.events import Click, Event, Impression, impression_fault
+
+MAX_LINE_BYTES: Final = 256 * 1024
+MAX_BATCH_EVENTS: Final = 10_000
+END_OF_LOG_MS: Final = 2**62
+MARK_HEADER: Final = "genco-mark"
+
+EventT = TypeVar("EventT", bound=Event)
+
+
+@dataclass(frozen=True, slots=True)
+class BadEvent:
+    """A line that is no event."""
+
+    index: int
+    """Its place in the batch, from 0."""
+    reason: str
+    """Field and cause, for a person."""
+    line: bytes
+
+
+@dataclass(slots=True)
+class Decoded(Generic[EventT]):
+    """A decoded batch: every line is in exactly one of the two lists."""
+
+    events: list[EventT] = field(default_factory=list)
+    bad: list[BadEvent] = field(default_factory=list)
+
+
+class EventDecoder(Generic[EventT]):
+    """Decodes batches of one event type. Keep one for each topic: it holds the compiled schema."""
+
+    def __init__(self, event_type: type[EventT]) -> None:
+        self._decode = msgspec.json.Decoder(event_type).decode
+        self._is_impression = event_type is Impression
+        # All fields of an impression are required, so the number of keys tells whether one came twice.
+        self._num_fields = len(event_type.__struct_fields__)
+
+    def decode_batch(self, value: bytes) -> Decoded[EventT]:
+        """Read the value of one record of `impressions` or `clicks`. Never raises on bad bytes."""
+        out: Decoded[EventT] = Decoded()
+        events = out.events
+        decode = self._decode
+        index = 0
+        for line in value.split(b"\n"):
+            if not line or line.isspace():
+                continue
+            reason: str | None = None
+            if index >= MAX_BATCH_EVENTS:
+                reason = f"batch: more than {MAX_BATCH_EVENTS} events in one record; send smaller batches"
+            elif len(line) > MAX_LINE_BYTES:
+                reason = f"event: {len(line)} bytes; at most {MAX_LINE_BYTES}"
+            else:
+                try:
+                    event = decode(line)
+                except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+                    reason = _reason(error)
+                else:
+                    reason = self._fault(event, line)
+                    if reason is None:
+                        events.append(event)
+            if reason is not None:
+                out.bad.append(BadEvent(index, reason, line))
+            index += 1
+        return out
+
+    def _fault(self, event: EventT, line: bytes) -> str | None:
+        if isinstance(event, Impression):
+            keys = (
+                self._num_fields
+                + len(event.context)
+                + len(event.candidates)
+                + len(event.creative)
+                + len(event.slot_propensities)
+            )
+            # Compact JSON without unknown fields has exactly this many keys, and mostly no other colon. The quickest
+            # count that agrees is proof enough; anything else takes the exact way.
+            if line.count(b":") != keys and line.count(b'":') != keys and (reason := _duplicate_key(line)):
+                return reason
+            return impression_fault(event)
+        return _duplicate_key(line)
+
+
+def _reason(error: Exception) -> str:
+    """Turn a decoder's message into "field: cause"."""
+    if isinstance(error, RecursionError):
+        return "event: nested too deeply"
+    if isinstance(error, UnicodeDecodeError):
+        return f"event: not UTF-8 at byte {error.start}"
+    message = str(error)
+    cause, at, path = message.rpartition(" - at `")
+    if at:
+        return f"{path.rstrip('`').removeprefix('$').lstrip('.') or 'event'}: {cause}"
+    return f"event: {message}"
+
+
+class _DuplicateKeyError(ValueError):
+    """Carries the key out of the parser."""
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _DuplicateKeyError(key)
+            seen.add(key)
+    return out
+
+
+def _duplicate_key(line: bytes) -> str | None:
+    try:
+        json.loads(line, object_pairs_hook=_refuse_duplicates)
+    except _DuplicateKeyError as error:
+        return f"{str(error)[:80]}: key stands twice in one object"
+    except RecursionError:
+        return "event: nested too deeply"
+    except ValueError as error:  # unreachable after msgspec accepted the line, unless the two parsers differ
+        return f"event: {error}"
+    return None
+
+
+_encoder = msgspec.json.Encoder()
+
+
+def encode_event(event: Event) -> bytes:
+    """Return one event as a line of JSON without the newline."""
+    return _encoder.encode(event)
+
+
+def encode_batch(events: Iterable[Event]) -> bytes:
+    """Return the value of one record: a line for each event."""
+    return _encoder.encode_lines(list(events))
+
+
+def event_from_dict(event_type: type[EventT], raw: object) -> EventT:
+    """Validate one event that is already a Python mapping, by the same rules as a line.
+
+    Raises:
+        ValueError: With the field and the reason.
+    """
+    try:
+        event = msgspec.convert(raw, event_type)
+    except msgspec.ValidationError as error:
+        raise ValueError(_reason(error)) from None
+    if isinstance(event, Impression) and (reason := impression_fault(event)):
+        raise ValueError(reason)
+    return event
+
+
+def encode_context(context: Mapping[str, object]) -> str:
+    """Return a context as JSON text, as the column `context` of the examples holds it."""
+    return _encoder.encode(context).decode()
+
+
+def encode_mark(complete_until_ms: int) -> tuple[bytes, Sequence[tuple[str, bytes]]]:
+    """Return value and headers of a mark: no event before this time follows in the partition."""
+    return b"", [(MARK_HEADER, str(complete_until_ms).encode())]
+
+
+def mark_of(headers: Sequence[tuple[str, bytes]] | None) -> int | None:
+    """Return the time of a mark, or None for a record of events."""
+    for name, value in headers or ():
+        if name == MARK_HEADER:
+            try:
+                return int(value)
+            except ValueError:
+                return None
+    return None
+
+
+DECODER_TYPES: Final[dict[str, type[Impression] | type[Click]]] = {"impressions": Impression, "clicks": Click}

@@ -1,0 +1,248 @@
+"""Every setting of every process: environment variables with the prefix `GENCO_`.
+
+A setting of type secret may also be given as a file: `GENCO_SIGNING_KEY_FILE=/run/secrets/key`. `load` is the one way
+in: it fails with one clear line on a value that is wrong, missing or unknown, before anything is started.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
+
+from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX: Final = "GENCO_"
+EX_CONFIG: Final = 78
+"""Exit code of a process whose settings are wrong (sysexits.h); a supervisor does not restart it."""
+
+
+class ConfigurationError(ValueError):
+    """A setting is wrong, missing or unknown. The message is one line that says what to do."""
+
+
+class _Settings(BaseSettings):
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="ignore", use_attribute_docstrings=True, env_ignore_empty=True
+    )
+
+
+class KafkaSettings(_Settings):
+    """How every Kafka client connects."""
+
+    kafka_bootstrap_servers: Annotated[str, Field(pattern=r"^[^,\s]+:\d+(,[^,\s]+:\d+)*$")]
+    """Brokers as host:port, separated by commas."""
+    kafka_api_version: Annotated[str, Field(pattern=r"^\d+(\.\d+)*$")] | None = None
+    """Protocol version to assume instead of asking the broker; the embedded broker of the demo needs 0.11."""
+    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    """How the connection is secured."""
+    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
+    """Needed with SASL_PLAINTEXT and SASL_SSL."""
+    kafka_sasl_username: str | None = None
+    """User for SASL."""
+    kafka_sasl_password: SecretStr | None = None
+    """Password for SASL."""
+    kafka_ssl_cafile: Path | None = None
+    """Certificate authority that signed the brokers' certificates; default: those of the system."""
+    partitions: Annotated[int, Field(ge=1, le=10_000)] = 4
+    """Partitions of the topics impressions, clicks, examples and dead_letters, which must all have the same count."""
+
+    @model_validator(mode="after")
+    def _sasl(self) -> Self:
+        if self.kafka_security_protocol.startswith("SASL") and not (
+            self.kafka_sasl_mechanism and self.kafka_sasl_username and self.kafka_sasl_password
+        ):
+            raise ValueError(
+                f"kafka_security_protocol is {self.kafka_security_protocol}; "
+                "set also kafka_sasl_mechanism, kafka_sasl_username and kafka_sasl_password"
+            )
+        return self
+
+
+class RedisSettings(_Settings):
+    """How every Redis client connects."""
+
+    redis_url: SecretStr
+    """redis://[user:password@]host:port/db, rediss:// for TLS. A secret, as it may hold a password."""
+    model_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = "default"
+    """Which model is learned and served; one registry can hold several."""
+
+
+class SigningSettings(_Settings):
+    """The secret behind decision ids and manifests."""
+
+    signing_key: Annotated[SecretStr, Field(min_length=32)]
+    """At least 32 characters; the same for servers and learner. Make one with: openssl rand -hex 32"""
+
+    def signing_key_bytes(self) -> bytes:
+        """Return the key, at most 64 bytes (the limit of keyed BLAKE2b)."""
+        return self.signing_key.get_secret_value().encode()[:64]
+
+
+class MetricsSettings(_Settings):
+    """Where a process shows its metrics."""
+
+    metrics_host: str = "127.0.0.1"
+    """Address of /metrics and /healthz."""
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Port of /metrics; 0: none is opened."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Lines below this level are not written."""
+
+
+class WindowSettings(_Settings):
+    """When a click counts, and how long an impression waits for it."""
+
+    attribution_window_ms: Annotated[int, Field(ge=1_000, le=7 * 86_400_000)] = 600_000
+    """A click this long after its impression still counts."""
+    label_wait_ms: Annotated[int, Field(ge=0, le=7 * 86_400_000)] = 60_000
+    """An impression leaves the joiner this long after it was shown, clicked or not (yet)."""
+
+    @model_validator(mode="after")
+    def _order(self) -> Self:
+        if self.label_wait_ms > self.attribution_window_ms:
+            raise ValueError(
+                f"label_wait_ms is {self.label_wait_ms}; at most attribution_window_ms ({self.attribution_window_ms})"
+            )
+        return self
+
+    @property
+    def attribution_window(self) -> timedelta:
+        """The window as a duration."""
+        return timedelta(milliseconds=self.attribution_window_ms)
+
+
+class JoinSettings(KafkaSettings, WindowSettings, MetricsSettings):
+    """Settings of `genco join`."""
+
+    joiner_group: str = "genco-joiner"
+    """Consumer group; processes with the same group share the partitions."""
+    joiner_instance_id: str | None = None
+    """Stable name of this process for static group membership; a restart within the session then moves nothing."""
+    idle_timeout_ms: Annotated[int, Field(ge=0, le=600_000)] = 500
+    """A topic that has been read to its end and is silent this long no longer holds the clock back. 0: it always does,
+    for logs whose clocks go on by marks alone."""
+    max_future_skew_ms: Annotated[int, Field(ge=0, le=86_400_000)] = 60_000
+    """An event this far ahead of its record's own time has a wrong clock and goes to the dead letters."""
+    emit_linger_ms: Annotated[int, Field(ge=0, le=10_000)] = 200
+    """Examples are collected this long into one record."""
+
+
+class LearnSettings(KafkaSettings, RedisSettings, SigningSettings, WindowSettings, MetricsSettings):
+    """Settings of `genco learn`."""
+
+    learner_group: str = "genco-learner"
+    """Consumer group of the learner."""
+    checkpoint_dir: Path = Path("data/checkpoints")
+    """Where checkpoints are written; must survive a restart."""
+    checkpoint_interval_ms: Annotated[int, Field(ge=500, le=3_600_000)] = 10_000
+    """A checkpoint is due this long after the last one."""
+    update_interval_ms: Annotated[int, Field(ge=100, le=600_000)] = 1_000
+    """An update is due this long after the last one, if examples have come."""
+    update_max_examples: Annotated[int, Field(ge=1, le=100_000)] = 2_000
+    """An update is due at once when so many examples wait."""
+    epsilon: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
+    """Share of the traffic that stays uniform."""
+    particles: Annotated[int, Field(ge=1, le=1024)] = 32
+    """Posterior draws in a snapshot."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of everything random in the learner."""
+    device: str = "cpu"
+    """Torch device: cpu, cuda, cuda:1."""
+    lease_ms: Annotated[int, Field(ge=1_000, le=600_000)] = 5_000
+    """How long the right to publish outlives a learner that died."""
+
+
+class ServeSettings(KafkaSettings, RedisSettings, SigningSettings, WindowSettings, MetricsSettings):
+    """Settings of `genco serve`."""
+
+    http_host: str = "127.0.0.1"
+    """Address of the API. Beyond loopback, tokens are required."""
+    http_port: Annotated[int, Field(ge=0, le=65535)] = 8080
+    """Port of the API; 0: any free one, printed at start."""
+    api_tokens: SecretStr | None = None
+    """Bearer tokens as scope:sha256hex, separated by commas; scopes decide, feedback, admin. Needed beyond loopback."""
+    last_good_dir: Path = Path("data/last_good")
+    """Where the last verified snapshot is kept for a start without Redis."""
+    refresh_interval_ms: Annotated[int, Field(ge=50, le=600_000)] = 500
+    """Redis is asked this often for a newer snapshot, besides its announcements."""
+    routes: Annotated[str, Field(pattern=r"^\d+-\d+$")] = "0-1023"
+    """Range of routes that this server gives to its decisions, first-last."""
+    event_queue_size: Annotated[int, Field(ge=100, le=10_000_000)] = 50_000
+    """Events that may wait for Kafka; beyond it events are dropped with a known probability."""
+    event_linger_ms: Annotated[int, Field(ge=1, le=10_000)] = 100
+    """Events are collected this long into one record."""
+    event_batch_size: Annotated[int, Field(ge=1, le=5_000)] = 256
+    """At most so many events in one record."""
+    uniform_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    """Fixed seed of the decisions, for tests; default: from the operating system."""
+
+    @model_validator(mode="after")
+    def _routes(self) -> Self:
+        first, last = (int(n) for n in self.routes.split("-"))
+        if not first <= last < 65536:
+            raise ValueError(f"routes is {self.routes}; expected first-last with first <= last < 65536")
+        return self
+
+
+ALL: Final[tuple[type[_Settings], ...]] = (JoinSettings, LearnSettings, ServeSettings)
+_NOT_SETTINGS: Final = frozenset({"GENCO_LOG_DIR"})
+
+SettingsT = TypeVar("SettingsT", bound=_Settings)
+
+
+def variable_names() -> dict[str, str]:
+    """Return every environment variable that some process reads, with its description."""
+    return {
+        f"{PREFIX}{name.upper()}": " ".join((info.description or "").split())
+        for settings in ALL
+        for name, info in settings.model_fields.items()
+    }
+
+
+def load(settings: type[SettingsT], **overrides: Any) -> SettingsT:
+    """Read the settings of a process from the environment.
+
+    Args:
+        settings: The class of the process.
+        **overrides: Values from the command line, which win; None means not given.
+
+    Raises:
+        ConfigurationError: One line with every wrong, missing or unknown setting and what to do.
+    """
+    faults = list(_unknown_variables())
+    values: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
+    for name, info in settings.model_fields.items():
+        path = os.environ.get(f"{PREFIX}{name.upper()}_FILE")
+        if path and "SecretStr" in str(info.annotation) and name not in values:
+            try:
+                values[name] = Path(path).read_text("utf-8").strip()
+            except OSError as error:
+                faults.append(
+                    f"{PREFIX}{name.upper()}_FILE: cannot read {path} ({error.strerror}); mount the secret there"
+                )
+    try:
+        loaded = settings(**values)
+    except ValidationError as error:
+        for fault in error.errors(include_url=False, include_input=False):
+            name = ".".join(str(part) for part in fault["loc"])
+            message = fault["msg"].removeprefix("Value error, ")
+            if fault["type"] == "missing":
+                message = f"not set; {' '.join((settings.model_fields[name].description or '').split())}"
+            faults.append(f"{PREFIX}{name.upper()}: {message}" if name else message)
+    if faults:
+        raise ConfigurationError("wrong settings: " + "; ".join(faults))
+    return loaded
+
+
+def _unknown_variables() -> Iterator[str]:
+    known = set(variable_names())
+    known |= {f"{name}_FILE" for name in known} | _NOT_SETTINGS
+    for name in sorted(os.environ):
+        if name.startswith(PREFIX) and name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            yield f"{name}: no such setting" + (f"; did you mean {near[0]}?" if near else "")
