@@ -146,9 +146,8 @@ class Joiner:
             raise RuntimeError("the joiner writes before it was started")
         sent = []
         for chunk in _chunks(examples, EXAMPLES_PER_RECORD):
-            newest_ms = max(example.impression.occurred_at_ms for example in chunk)
             value = encode_examples(example_columns(chunk))
-            sent.append(await self._producer.send(EXAMPLES, value, partition=partition, timestamp_ms=newest_ms))
+            sent.append(await self._producer.send(EXAMPLES, value, partition=partition))
         for letter in dead_letters:
             headers = [
                 ("reason", letter.bad.reason.encode()[:1024]),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar, cast
 
 import msgspec
 
@@ -49,13 +49,36 @@ class EventDecoder(Generic[EventT]):
     """Decodes batches of one event type. Keep one for each topic: it holds the compiled schema."""
 
     def __init__(self, event_type: type[EventT]) -> None:
-        self._decode = msgspec.json.Decoder(event_type).decode
+        decoder = msgspec.json.Decoder(event_type)
+        self._decode = decoder.decode
+        self._decode_lines = decoder.decode_lines
         self._is_impression = event_type is Impression
         # All fields of an impression are required, so the number of keys tells whether one came twice.
         self._num_fields = len(event_type.__struct_fields__)
 
     def decode_batch(self, value: bytes) -> Decoded[EventT]:
         """Read the value of one record of `impressions` or `clicks`. Never raises on bad bytes."""
+        events = self._all_good(value)
+        return self._line_by_line(value) if events is None else Decoded(events)
+
+    def _all_good(self, value: bytes) -> list[EventT] | None:
+        """Read the batch in one go; None if there is anything that a closer look must decide."""
+        if not self._is_impression or len(value) > MAX_LINE_BYTES:
+            return None
+        try:
+            events = self._decode_lines(value)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return None
+        keys = 0
+        for event in events:
+            impression = cast(Impression, event)
+            if impression_fault(impression):
+                return None
+            keys += self._num_keys(impression)
+        # Compact JSON without unknown fields has exactly this many keys, and mostly no other colon: none twice.
+        return events if value.count(b":") == keys and len(events) <= MAX_BATCH_EVENTS else None
+
+    def _line_by_line(self, value: bytes) -> Decoded[EventT]:
         out: Decoded[EventT] = Decoded()
         events = out.events
         decode = self._decode
@@ -82,18 +105,18 @@ class EventDecoder(Generic[EventT]):
             index += 1
         return out
 
+    def _num_keys(self, event: Impression) -> int:
+        return (
+            self._num_fields
+            + len(event.context)
+            + len(event.candidates)
+            + len(event.creative)
+            + len(event.slot_propensities)
+        )
+
     def _fault(self, event: EventT, line: bytes) -> str | None:
         if isinstance(event, Impression):
-            keys = (
-                self._num_fields
-                + len(event.context)
-                + len(event.candidates)
-                + len(event.creative)
-                + len(event.slot_propensities)
-            )
-            # Compact JSON without unknown fields has exactly this many keys, and mostly no other colon. The quickest
-            # count that agrees is proof enough; anything else takes the exact way.
-            if line.count(b":") != keys and line.count(b'":') != keys and (reason := _duplicate_key(line)):
+            if line.count(b'":') != self._num_keys(event) and (reason := _duplicate_key(line)):
                 return reason
             return impression_fault(event)
         return _duplicate_key(line)

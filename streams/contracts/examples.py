@@ -107,6 +107,11 @@ class ExampleBatch:
         return type(self)(**columns)
 
     @classmethod
+    def empty(cls) -> ExampleBatch:
+        """Return the batch of no examples."""
+        return decode_examples(encode_examples({name: [] for name in EXAMPLE_SCHEMA.names}))
+
+    @classmethod
     def concat(cls, batches: Sequence[ExampleBatch]) -> ExampleBatch:
         """Return the batches one after the other."""
         columns: dict[str, Any] = {}

@@ -6,6 +6,7 @@
     pin:{model}                         present: the pointer does not move by itself
     lease:{model}, epoch:{model}        who may publish, and the fencing epoch
     history:{model}                     list, newest first, of published epoch:version
+    candidate:{model}                   manifest of the newest snapshot made, published or refused by the gate
     published:{model}                   channel: a message for each move of the pointer
 
 Redis is a cache: everything in it can be published again.
@@ -51,6 +52,11 @@ def epoch_key(model_id: str) -> str:
 def history_key(model_id: str) -> str:
     """Return the key of the list of published versions."""
     return f"history:{model_id}"
+
+
+def candidate_key(model_id: str) -> str:
+    """Return the key of the newest manifest, whatever its verdict."""
+    return f"candidate:{model_id}"
 
 
 def published_channel(model_id: str) -> str:

@@ -1,0 +1,233 @@
+"""The command line. Each verb imports what it needs when it is called, so that `genco serve` loads no torch.
+
+Exit codes: 0 done; 1 failed, with one line on standard error; 2 wrong usage; 78 wrong settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from streams.contracts.settings import EX_CONFIG, ConfigurationError, MetricsSettings, load
+from streams.telemetry import configure_logging
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb and return the exit code."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    command: Callable[[argparse.Namespace], int | None] = arguments.command
+    try:
+        configure_logging(load(MetricsSettings).log_level)
+        return command(arguments) or 0
+    except ConfigurationError as error:
+        print(f"genco {arguments.verb}: {error}", file=sys.stderr)
+        return EX_CONFIG
+    except KeyboardInterrupt:
+        return 130
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] in ("genco", "streams", "learner", "serving"):
+            raise
+        print(f"genco {arguments.verb}: needs the package {error.name}; {_extra(error.name)}", file=sys.stderr)
+        return 1
+    except (OSError, RuntimeError, ValueError) as error:
+        logging.getLogger(__name__).debug("failed", exc_info=True)
+        print(f"genco {arguments.verb}: {error}", file=sys.stderr)
+        return 1
+
+
+def _extra(package: str) -> str:
+    """Return how to install what is missing."""
+    extras = {"fastapi": "serving", "uvicorn": "serving", "faust": "streams", "aiokafka": "streams", "torch": "learner"}
+    return f"install it with: pip install 'genco-online[{extras.get(package.split('.')[0], 'local')}]'"
+
+
+def _join(_: argparse.Namespace) -> None:
+    from streams.contracts.settings import JoinSettings
+    from streams.joiner import run
+
+    run(load(JoinSettings))
+
+
+def _learn(_: argparse.Namespace) -> None:
+    from learner.agents import run
+    from streams.contracts.settings import LearnSettings
+
+    run(load(LearnSettings))
+
+
+def _serve(_: argparse.Namespace) -> int:
+    from serving.main import run
+    from streams.contracts.settings import ServeSettings
+
+    return run(load(ServeSettings))
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from genco.demo import run
+
+    return run(
+        kafka=arguments.kafka,
+        seconds=arguments.seconds,
+        rate=arguments.rate,
+        seed=arguments.seed,
+        report=arguments.report,
+        directory=arguments.dir,
+    )
+
+
+def _simulate(arguments: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from genco.shoppers import run
+    from genco.world import DEMO_WORLD
+
+    world = DEMO_WORLD if arguments.world_seed is None else replace(DEMO_WORLD, seed=arguments.world_seed)
+    if arguments.drift_every is not None:
+        world = replace(world, drift_every_s=arguments.drift_every)
+    if arguments.new_elements_every is not None:
+        world = replace(world, new_elements_every_s=arguments.new_elements_every)
+    return run(
+        arguments.url,
+        world,
+        rate=arguments.rate,
+        seconds=arguments.seconds,
+        seed=arguments.seed,
+        token=arguments.token_file.read_text().strip() if arguments.token_file else None,
+        status=arguments.status,
+    )
+
+
+def _check(_: argparse.Namespace) -> int:
+    from genco.check import run
+
+    return run()
+
+
+def _topics(_: argparse.Namespace) -> None:
+    from streams.clients import create_topics
+    from streams.contracts.settings import KafkaSettings
+
+    created = create_topics(load(KafkaSettings))
+    print("created: " + ", ".join(created) if created else "all topics exist")
+
+
+def _import_obd(arguments: argparse.Namespace) -> None:
+    from genco.obd import write_log
+
+    for summary in write_log(arguments.dir, arguments.out):
+        print(
+            f"{summary.out}: {summary.rows} rows, {summary.impressions} impressions, {summary.clicks} clicks, "
+            f"left out: {dict(summary.skipped) or 'none'}"
+        )
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from genco.replay import run
+
+    report = run(
+        arguments.log,
+        kafka=arguments.kafka,
+        partitions=arguments.partitions,
+        attribution_window_ms=int(arguments.window * 1000),
+        label_wait_ms=int(arguments.label_wait * 1000),
+        timeout_s=arguments.timeout,
+        console=Console(stderr=True),
+    )
+    _write_json(arguments.json, report)
+    return 0 if report["ledger"]["imbalance"] == 0 else 1
+
+
+def _bench_codec(arguments: argparse.Namespace) -> None:
+    from benchmarks.codec import run
+
+    result = run()
+    for name, value in result.items():
+        print(f"{name} {value:,.0f}" if isinstance(value, float) else f"{name} {value}")
+    _write_json(arguments.json, result)
+
+
+def _write_json(path: Path | None, value: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="genco", description="Real-time creative optimisation.")
+    try:
+        number = version("genco-online")
+    except PackageNotFoundError:
+        number = "not installed"
+    parser.add_argument("--version", action="version", version=f"genco-online {number}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, command: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=text, description=text)
+        added.set_defaults(command=command)
+        return added
+
+    demo = verb("demo", _demo, "the whole loop on this machine, with simulated shoppers and a live view")
+    demo.add_argument(
+        "--kafka", choices=["embedded", "home"], help="broker: embedded (default), or the Kafka at KAFKA_HOME"
+    )
+    demo.add_argument("--seconds", type=_positive, help="stop after this long; default: at Ctrl-C")
+    demo.add_argument("--rate", type=_positive, default=500, help="impressions a second (%(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="seed of the shoppers (%(default)s)")
+    demo.add_argument("--report", type=Path, help="write one JSON object here at the end")
+    demo.add_argument("--dir", type=Path, help="keep logs, checkpoints and snapshots here")
+
+    verb("serve", _serve, "the HTTP API: decisions and clicks")
+    verb("join", _join, "joins impressions and clicks into examples")
+    verb("learn", _learn, "learns from examples and publishes policies")
+
+    simulate = verb("simulate", _simulate, "simulated shoppers behind a server's API")
+    simulate.add_argument("--url", required=True, help="of the server, such as http://127.0.0.1:8080")
+    simulate.add_argument("--rate", type=_positive, default=500, help="visits a second (%(default)s)")
+    simulate.add_argument("--seconds", type=_positive, help="stop after this long")
+    simulate.add_argument("--seed", type=int, default=0, help="seed of the shoppers (%(default)s)")
+    simulate.add_argument("--world-seed", type=int, help="another world than the demo's")
+    simulate.add_argument("--drift-every", type=_positive, metavar="S", help="tastes move every S seconds")
+    simulate.add_argument("--new-elements-every", type=_positive, metavar="S", help="elements change every S seconds")
+    simulate.add_argument("--token-file", type=Path, help="file with a bearer token of scopes decide and feedback")
+    simulate.add_argument("--status", type=Path, help="keep the newest status in this file, as JSON")
+
+    verb("check", _check, "what is configured, what answers, and what to do about the rest")
+    verb("topics", _topics, "create the topics that do not exist yet")
+
+    importer = verbs.add_parser("import", help="turn a log of another system into ours")
+    sources = importer.add_subparsers(dest="source", required=True, metavar="SOURCE")
+    obd = sources.add_parser("obd", help="the Open Bandit dataset")
+    obd.add_argument("dir", type=Path, metavar="DIR", help="folder of the dataset, or of one policy or campaign of it")
+    obd.add_argument("out", type=Path, metavar="OUT", help="folder, or .ndjson file if DIR holds one log")
+    obd.set_defaults(command=_import_obd)
+
+    replay = verb("replay", _replay, "send a log through Kafka, the joiner and the learner")
+    replay.add_argument("log", type=Path, metavar="LOG", help=".ndjson file, or folder of them")
+    replay.add_argument("--kafka", choices=["embedded", "home"], help="start this broker, joiner and learner")
+    replay.add_argument("--partitions", type=int, default=4, help="of the broker started here (%(default)s)")
+    replay.add_argument("--window", type=_positive, default=600, help="attribution window in seconds (%(default)s)")
+    replay.add_argument("--label-wait", type=_positive, default=60, help="label wait in seconds (%(default)s)")
+    replay.add_argument("--timeout", type=_positive, default=120, help="give up after so long without progress")
+    replay.add_argument("--json", type=Path, metavar="FILE", help="write the report here")
+
+    bench = verbs.add_parser("bench", help="benchmarks")
+    benches = bench.add_subparsers(dest="bench", required=True, metavar="BENCH")
+    codec = benches.add_parser("codec", help="decoding impressions, against json and one pydantic model a line")
+    codec.add_argument("--json", type=Path, metavar="FILE", help="write one JSON object here")
+    codec.set_defaults(command=_bench_codec)
+    return parser

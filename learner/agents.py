@@ -1,0 +1,85 @@
+"""`genco learn`: the Faust agent that feeds the learner's thread.
+
+The agent reads `examples` and hands each record on; offsets are acknowledged when the thread has them in a checkpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import faust
+
+from learner.online import LearnerSettings, OnlineLearner
+from learner.worker import InboxRecord, Worker
+from streams.app import create_app, run_worker
+from streams.clients import check_topics
+from streams.contracts.settings import LearnSettings
+from streams.contracts.topics import EXAMPLES
+from streams.telemetry import MetricsServer
+
+logger = logging.getLogger(__name__)
+
+
+def create_learner_app(settings: LearnSettings, worker: Worker) -> faust.App:
+    """Return the app with its agent; `run_worker` runs it."""
+    app = create_app(settings, settings.learner_group)
+    topic = app.topic(EXAMPLES, key_serializer="raw", value_serializer="raw", allow_empty=True)
+
+    @app.agent(topic, concurrency=1)
+    async def learn(stream: Any) -> None:
+        async for event in stream.noack().events():
+            while worker.is_full:
+                await asyncio.sleep(0.02)
+            message = event.message
+            worker.inbox.put(InboxRecord(message.partition, message.offset, event.value or b"", event.ack))
+
+    @app.on_partitions_revoked.connect
+    async def on_revoked(*_args: Any, signal: Any = None, **_: Any) -> None:
+        worker.acknowledgements.clear()
+        worker.inbox.put(None)
+
+    @app.task  # type: ignore[untyped-decorator]  # faust leaves it untyped
+    async def serve_worker() -> None:
+        while not app.should_stop:
+            if worker.failure is not None:
+                raise RuntimeError("the learner's thread failed") from worker.failure
+            while worker.acknowledgements:
+                worker.acknowledgements.popleft()()
+            while worker.seeks:
+                await _seek(app, worker)
+            await asyncio.sleep(0.1)
+
+    return app
+
+
+async def _seek(app: faust.App, worker: Worker) -> None:
+    request = worker.seeks.popleft()
+    place = faust.types.TP(EXAMPLES, request.partition)
+    earliest = (await app.consumer.earliest_offsets(place))[place]
+    if earliest > request.offset:
+        worker.records_lost(request.partition, earliest)
+    target = max(earliest, request.offset)
+    logger.info("reading again from the checkpoint", extra={"partition": request.partition, "offset": target})
+    await app.consumer.seek(place, target)
+
+
+def run(settings: LearnSettings) -> None:
+    """Run the learner until SIGTERM. Does not return.
+
+    Raises:
+        ConfigurationError: If the topics are missing or their partition counts differ.
+        CheckpointError: If there are checkpoints and none can be read.
+        OSError: If the metrics port is taken.
+    """
+    check_topics(settings)
+    metrics = MetricsServer(settings.metrics_host, settings.metrics_port) if settings.metrics_port else None
+    worker = Worker(settings, OnlineLearner(LearnerSettings.from_settings(settings), device=settings.device))
+    worker.start()
+    try:
+        run_worker(create_learner_app(settings, worker))
+    finally:
+        worker.stop()
+        if metrics is not None:
+            metrics.close()

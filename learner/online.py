@@ -1,0 +1,449 @@
+"""The online learner: examples in, snapshots out. No Kafka, no Redis, no clock.
+
+An update validates first (each example is predicted before it is learned), then teaches the reward model, then the
+generator. Everything random follows from the settings' seed and the number of the update, so the same catalog and the
+same batches in the same order give the same bytes of a snapshot, and a learner that is restored from `state` goes on
+bit for bit like one that never stopped. `snapshot` changes nothing that is learned.
+
+Shapes: N examples, S slots, F content numbers, C context columns, E elements, M draws.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from learner.design import Layout, Rows
+from learner.gate import GateSettings, Logged, Validation, judge, norms, probe
+from learner.generator import Cards, Generator, GeneratorSettings, padded
+from learner.generator_training import GeneratorReport, train_step
+from learner.intake import Intake
+from learner.reward_model import RewardModel, RewardModelSettings
+from serving.policy import DecisionRequest, Policy, PolicySettings
+from streams.contracts.catalog import Element, Product
+from streams.contracts.examples import ExampleBatch, LabelKind
+from streams.contracts.features import FeatureLimits, FeatureSpec, GrowingFeatureSpec
+from streams.contracts.settings import LearnSettings
+from streams.contracts.snapshot import PolicySnapshot, SnapshotManifest, pack_tensors, sign
+
+VALIDATION_EXAMPLES = 5_000
+"""Progressive validation looks back at least so far, if there are so many."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LearnerSettings:
+    """Settings of the learner; those of its parts stand beside them."""
+
+    seed: int = 0
+    num_draws: int = 32
+    """M: posterior draws in a snapshot."""
+    epsilon: float = 0.01
+    """Share of the traffic that stays uniform."""
+    proposals: int = 4
+    """Creatives that the generator proposes for a decision."""
+    horizon_ms: int = 3_600_000
+    """Decisions are remembered against duplicates for this much event time."""
+    replay_size: int = 2_048
+    """Recent impressions that the generator trains on and the gate looks at."""
+    newest_share: float = 0.4
+    """Share of a generator batch that comes from the newest examples."""
+    features: FeatureLimits = field(default_factory=FeatureLimits)
+    reward_model: RewardModelSettings = field(default_factory=RewardModelSettings)
+    generator: GeneratorSettings = field(default_factory=GeneratorSettings)
+    gate: GateSettings = field(default_factory=GateSettings)
+
+    @classmethod
+    def from_settings(cls, settings: LearnSettings) -> Self:
+        """Return the settings that a process `genco learn` was configured with."""
+        return cls(
+            seed=settings.seed,
+            num_draws=settings.particles,
+            epsilon=settings.epsilon,
+            # A joiner that starts again emits one attribution window again, and may itself be one behind.
+            horizon_ms=3 * settings.attribution_window_ms,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateReport:
+    """What an update did."""
+
+    num_learned: int
+    skipped: dict[str, int]
+    """Examples that were not learned (or, `beyond_horizon`, not remembered), by reason."""
+    metrics: dict[str, float]
+    """Progressive validation over the last examples, late share, weights of the memories, generator."""
+
+
+class _Part(Protocol):
+    """A part of the learner that a checkpoint holds."""
+
+    def tensors(self) -> dict[str, Tensor]: ...
+    def state(self) -> dict[str, Any]: ...
+    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Published:
+    """What the gate compares with."""
+
+    sha256: str
+    norms: dict[str, float]
+
+
+class OnlineLearner:
+    """Reward model, generator, vocabulary and memory of one model."""
+
+    def __init__(self, settings: LearnerSettings | None = None, device: str = "cpu") -> None:
+        self.settings = settings = settings or LearnerSettings()
+        self.device = torch.device(device)
+        self.features = GrowingFeatureSpec(settings.features)
+        self.reward_model = RewardModel(settings.reward_model, device)
+        self.generator = Generator(
+            settings.features.content_size, settings.generator, seed=settings.seed, device=device
+        )
+        self.num_updates = 0
+        self.max_event_time_ms = 0
+        self._intake = Intake(settings.horizon_ms)
+        self._content_EF = torch.zeros(0, settings.features.content_size)
+        self._late = [1.0, 20.0]
+        self._validation: deque[Validation] = deque()
+        self._recent: deque[Logged] = deque(maxlen=settings.replay_size)
+        self._spec: FeatureSpec = self.features.freeze()
+        self._effects: dict[str, dict[str, Tensor]] | None = None
+        self._metrics: dict[str, float] = {}
+        self._candidate: _Published | None = None
+        self._published: _Published | None = None
+
+    # -- learning -----------------------------------------------------------------------------------------------------
+
+    def apply_catalog(self, elements: Mapping[str, Element], products: Mapping[str, Product]) -> None:
+        """Take the catalog as it is now: names enter the vocabulary, contents replace those known before."""
+        for product in products.values():
+            self.features.product(product.product_id)
+            for slot, ids in product.slots.items():
+                for element_id in ids:
+                    self.features.element(slot, element_id)
+        known: list[tuple[int, Element]] = []
+        for element in elements.values():
+            index = self.features.element(element.slot, element.element_id)
+            if index >= 0:
+                known.append((index, element))
+        self._grow()
+        for index, element in known:
+            content_F = self.features.encoder.encode(element.features, element.text)
+            self._content_EF[index] = torch.from_numpy(content_F)
+        self._grow()
+
+    def update(self, batch: ExampleBatch) -> UpdateReport:
+        """Learn a batch: each decision at most once as a negative and once as a positive.
+
+        Raises:
+            FloatingPointError: If the batch would make the model not finite; the reward model has learned nothing then.
+        """
+        rows, skipped = self._intake.admit(batch)
+        unknown = Counter(self.features.unknown)
+        if rows:
+            batch = batch.take(rows)
+            encoded = self._encode(batch)
+            label_N = torch.from_numpy(batch.label.astype(np.float64)).to(self.device)
+            weight_N = torch.from_numpy(1.0 / batch.survival_probability).to(self.device)
+            provisional = torch.tensor([kind == LabelKind.PROVISIONAL for kind in batch.label_kind], device=self.device)
+            learned = self.reward_model.learn(encoded, label_N, weight_N, provisional, self.late_share)
+            first = np.array([kind != LabelKind.LATE_POSITIVE for kind in batch.label_kind], np.bool_)
+            self._validate(learned.probability.cpu().numpy(), batch.label.astype(np.float64), first)
+            self._count_late(batch, first)
+            self._remember(batch, first)
+            self.max_event_time_ms = max(self.max_event_time_ms, int(batch.occurred_at_ms.max()))
+            self.num_updates += 1
+            self._effects = None
+            self._metrics = self._train_generator(len(rows), int(first.sum()))
+        for kind, count in (self.features.unknown - unknown).items():
+            skipped[f"unknown_{kind}"] += count
+        return UpdateReport(num_learned=len(rows), skipped=dict(skipped), metrics=self.metrics())
+
+    @property
+    def late_share(self) -> float:
+        """Share of the clicks that come after the wait, from the clicks so far and a prior of twenty."""
+        return self._late[0] / self._late[1]
+
+    def metrics(self) -> dict[str, float]:
+        """Return the state of learning: progressive validation, memories, generator."""
+        weights = self.reward_model.memory_weights
+        forgetting = self.settings.reward_model.memories
+        return {
+            **sum(self._validation, start=Validation()).metrics(),
+            "late_share": self.late_share,
+            "num_examples": float(self.reward_model.num_examples),
+            "num_coefficients": float(self.reward_model.layout.size),
+            "num_jittered": float(self.reward_model.num_jittered),
+            **{f"memory_weight_{f:g}": w for f, w in zip(forgetting, weights, strict=True)},
+            **self._metrics,
+        }
+
+    def _encode(self, batch: ExampleBatch) -> Rows:
+        """Return the numbers of a batch; its new names enter the vocabulary first."""
+        features = self.features
+        product = [features.product(product_id) for product_id in batch.product_id]
+        chosen = []
+        for row, context in enumerate(batch.context):
+            features.context(context)
+            # All candidates, not only the chosen: the next decision may choose any of them.
+            for slot, ids in batch.candidates[row].items():
+                for element_id in ids:
+                    features.element(slot, element_id)
+            creative = batch.creative[row]
+            chosen.append({features.slot(slot): features.element(slot, e) for slot, e in creative.items()})
+        self._grow()
+        chosen_NS = torch.tensor([[row.get(s, -1) for s in range(len(self._spec.slots))] for row in chosen])
+        content_NSF = padded(self._content_EF, (len(self._content_EF) + 1, self._content_EF.shape[1]))[chosen_NS]
+        context_NC = torch.from_numpy(self._spec.context_matrix(batch.context))
+        parts = torch.tensor(product), context_NC, chosen_NS, content_NSF
+        return Rows(*(part.to(self.device) for part in parts))
+
+    def _grow(self) -> None:
+        """Make room for everything in the vocabulary."""
+        self._spec = spec = self.features.freeze()
+        self._content_EF = padded(self._content_EF, (len(spec.elements), spec.content_size))
+        in_use = self._content_EF.any(0).nonzero()
+        layout = Layout(
+            slots=len(spec.slots),
+            content=max(int(in_use[-1]) + 1 if len(in_use) else 0, self.reward_model.layout.content),
+            context=len(spec.context),
+            products=len(spec.products),
+            elements=len(spec.elements),
+        )
+        self.reward_model.grow(layout)
+        self.generator.grow(
+            slots=layout.slots, context=layout.context, products=layout.products, elements=layout.elements
+        )
+        self._effects = None
+
+    def _validate(
+        self, probability_N: NDArray[np.float64], label_N: NDArray[np.float64], first: NDArray[np.bool_]
+    ) -> None:
+        likelihood_N = np.where(label_N > 0, probability_N, 1.0 - probability_N).clip(1e-12)
+        self._validation.append(
+            Validation(
+                # A late click belongs to an impression that was counted before.
+                num_examples=float(first.sum()),
+                num_clicks=float(label_N.sum()),
+                expected_clicks=float(probability_N[first].sum()),
+                log_loss=float(-np.log(likelihood_N)[first].sum()),
+            )
+        )
+        while sum(v.num_examples for v in list(self._validation)[1:]) >= VALIDATION_EXAMPLES:
+            self._validation.popleft()
+
+    def _count_late(self, batch: ExampleBatch, first: NDArray[np.bool_]) -> None:
+        keep = 0.99 ** (len(batch) / 1000.0)
+        self._late = [
+            self._late[0] * keep + float((~first).sum()),
+            self._late[1] * keep + float(batch.label.sum()),
+        ]
+
+    def _remember(self, batch: ExampleBatch, first: NDArray[np.bool_]) -> None:
+        for row in np.flatnonzero(first):
+            request = DecisionRequest(batch.product_id[row], batch.context[row], batch.candidates[row])
+            label, propensity = int(batch.label[row]), float(batch.propensity[row])
+            self._recent.append(Logged(request, batch.creative[row], propensity, label))
+
+    # -- generator ----------------------------------------------------------------------------------------------------
+
+    def _train_generator(self, num_learned: int, num_new: int) -> dict[str, float]:
+        """Train on recent impressions against the model as it is now; the leash is the generator before this update."""
+        settings = self.settings.generator
+        num_steps = max(1, round(num_learned / settings.examples_per_step))
+        if not self._recent:
+            return {}
+        rng = np.random.default_rng([self.settings.seed, self.num_updates])
+        torch_rng = torch.Generator().manual_seed(_seed(self.settings.seed, "generator", self.num_updates))
+        policy, draws = self._policy(""), self._effects_now()["draws"]
+        published = dict(self.generator.weights) if self.num_updates > 1 else None
+        recent = list(self._recent)
+        newest = max(1, min(num_new, len(recent)))
+        report: GeneratorReport | None = None
+        for _ in range(num_steps):
+            is_new = rng.random(settings.cards) < self.settings.newest_share
+            back = np.where(
+                is_new, rng.integers(newest, size=settings.cards), rng.integers(len(recent), size=settings.cards)
+            )
+            requests = [recent[-1 - int(i)].request for i in back]
+            won = [w[rng.integers(len(w), size=settings.winners)] for w in policy.winners(requests)]
+            cards, winner_BWS = self._cards(requests, won)
+            report = train_step(self.generator, cards, draws, winner_BWS, published, torch_rng)
+        return {f"generator_{name}": value for name, value in vars(report).items()} if report else {}
+
+    def _cards(self, requests: Sequence[DecisionRequest], winners: Sequence[NDArray[np.int64]]) -> tuple[Cards, Tensor]:
+        """Return requests as numbers, and their winners in the order of the vocabulary's slots."""
+        spec, num_slots = self._spec, len(self._spec.slots)
+        widest = max(len(ids) for request in requests for ids in request.candidates.values())
+        candidate = np.full((len(requests), num_slots, widest), -1, np.int64)
+        mask = np.zeros(candidate.shape, np.bool_)
+        winner = np.zeros((len(requests), self.settings.generator.winners, num_slots), np.int64)
+        for b, request in enumerate(requests):
+            for t, (name, ids) in enumerate(request.candidates.items()):
+                slot = spec.slot_index.get(name, -1)
+                if slot >= 0:
+                    candidate[b, slot, : len(ids)] = [spec.element_index.get((slot, e), -1) for e in ids]
+                    mask[b, slot, : len(ids)] = True
+                    winner[b, :, slot] = winners[b][:, t]
+        content_EF = padded(self._content_EF, (len(self._content_EF) + 1, spec.content_size))
+        parts = (
+            torch.tensor([spec.product_index.get(request.product_id, -1) for request in requests]),
+            torch.from_numpy(spec.context_matrix([request.context for request in requests])),
+            torch.from_numpy(candidate),
+            torch.from_numpy(mask),
+            content_EF[torch.from_numpy(candidate)],
+        )
+        return Cards(*(part.to(self.device) for part in parts)), torch.from_numpy(winner).to(self.device)
+
+    # -- snapshots ----------------------------------------------------------------------------------------------------
+
+    def _effects_now(self) -> dict[str, dict[str, Tensor]]:
+        """Return the effects under the mean and under the draws that belong to this update."""
+        if self._effects is None:
+            rng = torch.Generator().manual_seed(_seed(self.settings.seed, "draws", self.num_updates))
+            model, spec = self.reward_model, self._spec
+            theta = {"mean": model.mean(), "draws": model.draw(self.settings.num_draws, rng)}
+            sizes = {"content_size": spec.content_size, "num_elements": len(spec.elements)}
+            self._effects = {name: model.effects(value, **sizes) for name, value in theta.items()}
+        return self._effects
+
+    def _tensors(self) -> dict[str, NDArray[Any]]:
+        effects = {f"{k}.{name}": w for k, values in self._effects_now().items() for name, w in values.items()}
+        generator = {f"generator.{name}": w for name, w in self.generator.weights.items()}
+        named = effects | generator | {"element_content": self._content_EF}
+        return {name: np.asarray(w.detach().cpu().numpy(), order="C") for name, w in named.items()}
+
+    def _policy_settings(self) -> PolicySettings:
+        scale = self.settings.reward_model.thompson_scale
+        return PolicySettings(epsilon=self.settings.epsilon, thompson_scale=scale, proposals=self.settings.proposals)
+
+    def _policy(self, identity: str) -> Policy:
+        return Policy(self._spec, self._tensors(), self._policy_settings(), identity)
+
+    def snapshot(
+        self,
+        *,
+        model_id: str,
+        epoch: int,
+        version: int,
+        parent_sha256: str | None,
+        trained_through: Mapping[str, int],
+        due_ms_quantiles: Sequence[float],
+        created_at_ms: int,
+        signing_key: bytes,
+    ) -> PolicySnapshot:
+        """Return a signed snapshot of the policy as it is now, with the gate's verdict.
+
+        Args:
+            model_id: Name of the model.
+            epoch: Fencing token of the caller's lease.
+            version: Number of the snapshot.
+            parent_sha256: sha256 of the snapshot that was published last; the gate compares with it.
+            trained_through: Partition -> offset of the next example to learn.
+            due_ms_quantiles: See `SnapshotManifest`.
+            created_at_ms: The time now.
+            signing_key: Key of the manifest's HMAC.
+
+        Raises:
+            SnapshotError: If a tensor is not finite or the snapshot is too large to be read again.
+        """
+        if self._candidate is not None and self._candidate.sha256 == parent_sha256:
+            self._published = self._candidate
+        tensors = self._tensors()
+        extra = {"vocabulary": self._spec.to_json(), "settings": msgspec.json.encode(self._policy_settings())}
+        blob = pack_tensors(tensors | {name: np.frombuffer(data, np.uint8) for name, data in extra.items()})
+        sha256 = hashlib.sha256(blob).hexdigest()
+        policy = Policy(self._spec, tensors, self._policy_settings(), sha256)
+        rng = np.random.default_rng([self.settings.seed, self.num_updates, 1])
+        recent = list(self._recent)
+        sample = rng.permutation(len(recent))[: self.settings.gate.probes]
+        verdict = judge(
+            tensors,
+            before=self._published.norms if self._published else None,
+            validation=sum(self._validation, start=Validation()),
+            probed=probe(policy, [recent[i] for i in sample]),
+            settings=self.settings.gate,
+        )
+        self._candidate = _Published(sha256, norms(tensors))
+        manifest = SnapshotManifest(
+            model_id=model_id,
+            epoch=epoch,
+            version=version,
+            parent_sha256=parent_sha256 or "",
+            sha256=sha256,
+            num_bytes=len(blob),
+            feature_spec_hash=self._spec.hash,
+            trained_through=dict(trained_through),
+            max_event_time_ms=self.max_event_time_ms,
+            due_ms_quantiles=tuple(due_ms_quantiles),
+            metrics=self.metrics(),
+            gate=verdict,
+            created_at_ms=created_at_ms,
+        )
+        return PolicySnapshot(sign(manifest, signing_key), blob)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _parts(self) -> dict[str, _Part]:
+        return {"reward_model": self.reward_model, "generator": self.generator, "intake": self._intake}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return everything that learning depends on: tensors, and the rest as JSON-able values."""
+        parts = self._parts()
+        tensors = {f"{name}.{key}": w.contiguous() for name, part in parts.items() for key, w in part.tensors().items()}
+        tensors["content"] = self._content_EF
+        state = {name: part.state() for name, part in parts.items()} | {
+            "features": self.features.state(),
+            "num_updates": self.num_updates,
+            "max_event_time_ms": self.max_event_time_ms,
+            "late": self._late,
+            "metrics": self._metrics,
+            "validation": [[v.num_examples, v.num_clicks, v.expected_clicks, v.log_loss] for v in self._validation],
+            "recent": [
+                [e.request.product_id, e.request.context, e.request.candidates, e.creative, e.propensity, e.label]
+                for e in self._recent
+            ],
+        }
+        return tensors, state
+
+    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Become the learner whose `state` this was; settings are those of this one."""
+        parts = self._parts()
+        for name, part in parts.items():
+            prefix = f"{name}."
+            own = {key.removeprefix(prefix): w.clone() for key, w in tensors.items() if key.startswith(prefix)}
+            part.restore(own, state[name])
+        self.features.restore(state["features"])
+        self._content_EF = tensors["content"].clone()
+        self.num_updates, self.max_event_time_ms = state["num_updates"], state["max_event_time_ms"]
+        self._late, self._metrics = list(state["late"]), dict(state["metrics"])
+        self._validation = deque(
+            Validation(num_examples=n, num_clicks=c, expected_clicks=e, log_loss=loss)
+            for n, c, e, loss in state["validation"]
+        )
+        self._recent = deque(
+            (
+                Logged(DecisionRequest(product_id, context, candidates), creative, propensity, label)
+                for product_id, context, candidates, creative, propensity, label in state["recent"]
+            ),
+            maxlen=self.settings.replay_size,
+        )
+        self._spec, self._effects = self.features.freeze(), None
+        self._candidate = self._published = None
+
+
+def _seed(*parts: object) -> int:
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,240 @@
+"""`genco serve`: wires the parts of a server together, starts them, and stops them in order.
+
+The server starts and decides without Redis and without Kafka; `/readyz` tells what is missing while it connects.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Final
+
+import numpy as np
+import uvicorn
+from kafka.errors import KafkaError
+from prometheus_client import REGISTRY, CollectorRegistry
+
+from serving.api import ServerState, create_app
+from serving.auth import Authenticator, require_tokens_beyond_loopback
+from serving.catalog_view import CatalogView
+from serving.decisions import Decider
+from serving.event_log import EventLog, Producer
+from serving.metrics import ServingMetrics
+from serving.policy_holder import PolicyHolder
+from serving.refresher import Refresher
+from serving.snapshot_store import LastGood, SnapshotStore
+from streams.clients import kafka_consumer, kafka_producer, redis_client, unreachable_kafka
+from streams.contracts.settings import EX_CONFIG, ConfigurationError, ServeSettings, load
+from streams.telemetry import MetricsServer, configure_logging, now_ms
+
+logger = logging.getLogger(__name__)
+
+REDIS_TIMEOUT_S: Final = 0.5
+SHUTDOWN_S: Final = 10.0
+_REQUESTS_S: Final = 3
+"""Of the shutdown's time, what requests under way get; the flush of the event log gets the most of the rest."""
+_THREADS_S: Final = 1.0
+_CONNECT_MS: Final = 5_000
+_MAX_CONNECTIONS: Final = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A server that has not been started."""
+
+    state: ServerState
+
+    def start(self) -> None:
+        """Start the threads; returns at once, whether or not anything answers."""
+        self.state.refresher.start()
+        self.state.catalog.start()
+        self.state.event_log.start()
+
+    def stop(self, timeout_s: float) -> int:
+        """Stop the threads, the event log last; return how many events were lost."""
+        deadline = time.monotonic() + timeout_s
+        self.state.refresher.stop(_THREADS_S)
+        lost = self.state.event_log.close(max(0.5, deadline - time.monotonic() - _THREADS_S))
+        self.state.catalog.stop(_THREADS_S)
+        return lost
+
+
+def build(settings: ServeSettings, registry: CollectorRegistry = REGISTRY) -> Parts:
+    """Make the parts of a server; connects to nothing.
+
+    Raises:
+        ConfigurationError: If the tokens are malformed, or missing where others can reach the port.
+    """
+    tokens = settings.api_tokens
+    authenticator = Authenticator(None if tokens is None else tokens.get_secret_value())
+    require_tokens_beyond_loopback(settings.http_host, authenticator)
+    key = settings.signing_key_bytes()
+    metrics = ServingMetrics(registry)
+    holder = PolicyHolder()
+    first, last = (int(part) for part in settings.routes.split("-"))
+    event_log = EventLog(
+        connect=lambda: _producer(settings),
+        routes=range(first, last + 1),
+        queue_size=settings.event_queue_size,
+        linger_ms=settings.event_linger_ms,
+        batch_size=settings.event_batch_size,
+        metrics=metrics,
+        rng=np.random.default_rng(),
+    )
+    catalog = CatalogView(lambda: _consumer(settings), metrics)
+    refresher = Refresher(
+        store=SnapshotStore(redis_client(settings, timeout_s=REDIS_TIMEOUT_S, retries=0), settings.model_id, key),
+        holder=holder,
+        last_good=LastGood(settings.last_good_dir, settings.model_id, key),
+        listen_client=redis_client(settings, timeout_s=REDIS_TIMEOUT_S, retries=0),
+        model_id=settings.model_id,
+        interval_s=settings.refresh_interval_ms / 1000,
+        metrics=metrics,
+        now_ms=now_ms,
+    )
+    decider = Decider(
+        holder=holder,
+        catalog=catalog,
+        log=event_log,
+        signing_key=key,
+        model_id=settings.model_id,
+        rng=np.random.default_rng(settings.uniform_seed),
+        metrics=metrics,
+    )
+    return Parts(
+        ServerState(
+            decider=decider,
+            holder=holder,
+            refresher=refresher,
+            catalog=catalog,
+            event_log=event_log,
+            authenticator=authenticator,
+            metrics=metrics,
+            signing_key=key,
+            now_ms=now_ms,
+        )
+    )
+
+
+def _producer(settings: ServeSettings) -> Producer:
+    try:
+        # The event log knows how long it may wait; the defaults would hold up a shutdown.
+        producer: Producer = kafka_producer(settings, bootstrap_timeout_ms=_CONNECT_MS, max_block_ms=_CONNECT_MS)
+    except (KafkaError, OSError) as error:
+        raise ConfigurationError(unreachable_kafka(settings, error)) from error
+    return producer
+
+
+def _consumer(settings: ServeSettings) -> Any:
+    try:
+        return kafka_consumer(settings)
+    except (KafkaError, OSError) as error:
+        raise ConfigurationError(unreachable_kafka(settings, error)) from error
+
+
+class _Server(uvicorn.Server):
+    """uvicorn that says on stdout where it listens, once it does."""
+
+    def __init__(self, config: uvicorn.Config, url: str) -> None:
+        super().__init__(config)
+        self._url = url
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, then tell whoever started us."""
+        await super().startup(sockets)
+        if self.started:
+            sys.stdout.write(json.dumps({"url": self._url}) + "\n")
+            sys.stdout.flush()
+
+
+def run(settings: ServeSettings) -> int:
+    """Serve until SIGTERM or SIGINT; return 0 if every event was delivered, else 1.
+
+    Raises:
+        ConfigurationError: If the settings do not fit together, or the port cannot be opened.
+    """
+    parts = build(settings)
+    listener = _listen(settings.http_host, settings.http_port)
+    metrics_server = _serve_metrics(settings)
+    config = uvicorn.Config(
+        create_app(parts.state),
+        access_log=False,
+        log_config=None,
+        lifespan="off",
+        server_header=False,
+        limit_concurrency=_MAX_CONNECTIONS,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=_REQUESTS_S,
+    )
+    server = _Server(config, _url(settings.http_host, listener.getsockname()[1]))
+    # uvicorn raises the signal again when it has stopped; without a handler that would end us before the flush.
+    previous = {number: signal.signal(number, _ignore) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        parts.start()
+        asyncio.run(server.serve(sockets=[listener]))
+        return 0 if parts.stop(SHUTDOWN_S - _REQUESTS_S) == 0 else 1
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        listener.close()
+        if metrics_server is not None:
+            metrics_server.close()
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    logger.info("stopping", extra={"signal": number})
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # With its protocol named: asyncio turns Nagle's algorithm off only then, and every answer would wait 40 ms.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(2048)
+        return listener
+    except OSError as error:
+        listener.close()
+        raise ConfigurationError(
+            f"cannot listen on {host}:{port} ({error.strerror}); "
+            "set GENCO_HTTP_HOST and GENCO_HTTP_PORT (0: any free port)"
+        ) from None
+
+
+def _serve_metrics(settings: ServeSettings) -> MetricsServer | None:
+    if settings.metrics_port == 0:
+        return None
+    try:
+        return MetricsServer(settings.metrics_host, settings.metrics_port)
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot open metrics on {settings.metrics_host}:{settings.metrics_port} ({error.strerror}); "
+            "set GENCO_METRICS_PORT, or 0 for none"
+        ) from None
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def main() -> int:
+    """Run with the settings of the environment; return the exit code."""
+    try:
+        settings = load(ServeSettings)
+        configure_logging(settings.log_level)
+        return run(settings)
+    except ConfigurationError as error:
+        sys.stderr.write(f"genco serve: {error}\n")
+        return EX_CONFIG
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,533 @@
+"""The policy that decides: propose and refine for every posterior draw, with exact propensities.
+
+The policy is a finite mixture. For each of the M draws (particles) of a snapshot, coordinate ascent from two starts,
+the best elements by main effect and the best of a few proposals of the generator, finds the creative e^(m) that the
+draw believes in. With a uniform share eps
+
+    pi(e | context, product) = (1 - eps) #{m : e^(m) = e} / M + eps uniform(e)
+
+The starts follow from snapshot and request alone (a hash of both drives the proposals), and only the draw m and the
+coin of eps follow from the request's seed. So pi is a fact about (snapshot, request), the logged propensity is exact,
+and a decision can be repeated bit for bit. Slot propensities count how many e^(m) share the choices of earlier slots.
+
+The logit of creative e under one draw, with z(e) the content numbers of an element:
+
+    bias + product + context + sum_s [ z_s . (w_s + V_s context) + own(e_s) ] + sum_{s<t} z_s' W_st z_t
+
+The pair terms enter a search as the *pull* of a choice on the other slots, W_st z_t, so time and memory of a request
+are linear in the sum of its candidates, times M; no table of pairs of candidates exists.
+
+Shapes: N requests of one shape, M draws (L = M + 1 with the posterior mean last), S slots of the vocabulary, T slots of
+a request, A candidates of a slot, R starts, F content numbers, C context columns, K cards kept.
+
+References:
+    Chapelle and Li (2011), An Empirical Evaluation of Thompson Sampling. Hill et al. (2017), An Efficient Bandit
+    Algorithm for Realtime Multivariate Optimization (coordinate ascent on a posterior draw).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.pointer import Pointer
+from serving.search import Ascent, Card, Deck, Shape
+from streams.contracts.catalog import Element
+from streams.contracts.features import ContentEncoder, ContextValue, FeatureSpec
+from streams.contracts.snapshot import SnapshotError, SnapshotManifest, unpack_tensors
+
+FloatArray = NDArray[np.float32]
+IntArray = NDArray[np.int64]
+
+MAX_BATCH = 64
+"""Requests that one pass of the search takes; more are cut, so that its arrays stay in the cache of a core."""
+MAX_CARDS = 4096
+MAX_DECKS = 16
+"""Shapes of requests for which prepared cards are kept, at most 64 MiB each."""
+MAX_SOLVED = 4096
+"""Requests whose winners are remembered."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicySettings:
+    """How a snapshot is played; travels inside it."""
+
+    epsilon: float = 0.01
+    """Share of the traffic that stays uniform over the candidates, in [0, 1]."""
+    thompson_scale: float = 0.2
+    """Spread of the draws in posterior standard deviations; undone where uncertainty is shown."""
+    proposals: int = 4
+    """Creatives that the generator proposes for a request; the best one on each draw is refined. 0: none."""
+    max_sweeps: int = 4
+    """Passes of coordinate ascent over the slots; it stops earlier where nothing moves."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no policy can play."""
+        if not 0.0 <= self.epsilon <= 1.0:
+            raise ValueError(f"epsilon is {self.epsilon}; must be in [0, 1]")
+        if not 0.0 < self.thompson_scale <= 10.0:
+            raise ValueError(f"thompson_scale is {self.thompson_scale}; must be in (0, 10]")
+        if not 0 <= self.proposals <= 64 or not 1 <= self.max_sweeps <= 64:
+            raise ValueError(
+                f"proposals is {self.proposals} and max_sweeps {self.max_sweeps}; must be in [0, 64] and [1, 64]"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionRequest:
+    """What a decision depends on."""
+
+    product_id: str
+    context: Mapping[str, ContextValue]
+    candidates: Mapping[str, Sequence[str]]
+    """Slot -> element ids, in slot order."""
+    content: Mapping[str, Element] = field(default_factory=dict)
+    """Element id -> its content, for elements that the snapshot may not know."""
+    seed: int = 0
+    """Decides which draw is played and whether the uniform share is; nothing else depends on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A creative and the probability with which the policy chose it."""
+
+    creative: dict[str, str]
+    """Slot -> element id, in slot order."""
+    slot_propensities: dict[str, float]
+    """Slot -> probability of its element given those of the earlier slots."""
+    propensity: float
+    """Probability of the whole creative, in (0, 1]."""
+    holdout: bool
+    """Whether the uniform share chose it."""
+    expected_ctr: float | None
+    """Click probability under the posterior mean, in (0, 1); None where no model decided."""
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """An element's share of the creative part of the logit."""
+
+    element_id: str
+    credit: float
+    """In logits; the credits of a creative add up to its creative logit. Pair terms are shared half and half."""
+    uplift: float
+    """Credit minus its mean over the slot's candidates, the other slots being as they are."""
+    sd: float
+    """Posterior standard deviation of the credit, in logits."""
+
+
+class UniformPolicy:
+    """Every candidate with the same probability: the last rung of the ladder, and the uniform share."""
+
+    def choose(self, requests: Sequence[DecisionRequest]) -> list[Choice]:
+        """Decide each request from its own seed.
+
+        Raises:
+            ValueError: If a request has no slot, or a slot no or twice the same candidate.
+        """
+        choices = []
+        for request in requests:
+            names, elements = _checked(request)
+            places = _uniform_places(_unit_numbers(request.seed, 2 + len(names)), elements)
+            slot_propensities = {name: 1.0 / len(ids) for name, ids in zip(names, elements, strict=True)}
+            choices.append(
+                Choice(
+                    creative={n: ids[i] for n, ids, i in zip(names, elements, places, strict=True)},
+                    slot_propensities=slot_propensities,
+                    propensity=float(np.prod(list(slot_propensities.values()))),
+                    holdout=True,
+                    expected_ctr=None,
+                )
+            )
+        return choices
+
+
+class Policy:
+    """A snapshot, ready to decide. Choosing changes nothing but caches, and may be called from several threads."""
+
+    def __init__(
+        self, spec: FeatureSpec, tensors: Mapping[str, NDArray[Any]], settings: PolicySettings, identity: str = ""
+    ) -> None:
+        """Build a policy from tensors named and shaped as in `streams.contracts.snapshot`.
+
+        Args:
+            spec: The vocabulary that the tensors' rows and columns follow.
+            tensors: The tensors; `vocabulary` and `settings` are not read.
+            settings: How to play them.
+            identity: What seeds the proposals together with the request: the sha256 of the snapshot.
+
+        Raises:
+            SnapshotError: With reason `shape`, if vocabulary and tensors do not fit each other.
+        """
+        self.spec, self.settings, self._identity = spec, settings, identity.encode()
+        _check_sizes(spec, tensors)
+        self.num_draws = len(tensors["draws.bias"])
+        both = {
+            name: np.concatenate([tensors[f"draws.{name}"], tensors[f"mean.{name}"][None]])
+            for name in ("content", "content_context", "content_pair", "element")
+        }
+        num_slots, size = len(spec.slots), spec.content_size
+        self._content_LSF = both["content"]
+        self._content_context_LSFC = np.ascontiguousarray(both["content_context"])
+        self._element_LE = np.pad(both["element"], ((0, 0), (0, 1)))
+        self._pull_SFLSF = np.zeros((num_slots, size, self.num_draws + 1, num_slots, size), np.float32)
+        for t in range(num_slots):
+            for s in range(t):
+                pair_LFF = both["content_pair"][:, t * (t - 1) // 2 + s]
+                self._pull_SFLSF[s, :, :, t] = pair_LFF.transpose(1, 0, 2)
+                self._pull_SFLSF[t, :, :, s] = pair_LFF.transpose(2, 0, 1)
+        self._element_content_EF = np.pad(tensors["element_content"], ((0, 1), (0, 0)))
+        self._bias = float(tensors["mean.bias"])
+        self._product_P = np.append(tensors["mean.product"], np.float32(0))
+        self._context_C = tensors["mean.context"]
+        self._pointer = Pointer(
+            {n.removeprefix("generator."): w for n, w in tensors.items() if n.startswith("generator.")}
+        )
+        self._encoder = ContentEncoder.from_id(spec.encoder)
+        self._lock = threading.Lock()
+        self._cards: OrderedDict[bytes, Card] = OrderedDict()
+        self._decks: OrderedDict[Shape, Deck] = OrderedDict()
+        self._solved: OrderedDict[bytes, _Solved] = OrderedDict()
+
+    @classmethod
+    def from_snapshot(cls, blob: bytes, manifest: SnapshotManifest) -> Policy:
+        """Read a published snapshot whose manifest has been verified.
+
+        Raises:
+            SnapshotError: If the blob is not of the format, or not the one that the manifest describes.
+        """
+        tensors = unpack_tensors(blob)
+        try:
+            spec = FeatureSpec.from_json(tensors["vocabulary"].tobytes())
+            settings = msgspec.json.decode(tensors["settings"].tobytes(), type=PolicySettings)
+            policy = cls(spec, tensors, settings, manifest.sha256)
+        except SnapshotError:
+            raise
+        except (ValueError, msgspec.MsgspecError) as error:
+            raise SnapshotError("contents", f"snapshot holds a bad vocabulary or settings: {error}") from None
+        if spec.hash != manifest.feature_spec_hash:
+            raise SnapshotError(
+                "contents",
+                f"feature spec has hash {spec.hash[:16]}; the manifest says {manifest.feature_spec_hash[:16]}",
+            )
+        return policy
+
+    @staticmethod
+    def uniform() -> UniformPolicy:
+        """Return the policy that needs no snapshot."""
+        return UniformPolicy()
+
+    def choose(self, requests: Sequence[DecisionRequest]) -> list[Choice]:
+        """Decide each request; the result of one does not depend on the others in the batch.
+
+        Raises:
+            ValueError: If a request has no slot, or a slot no or twice the same candidate.
+        """
+        epsilon = self.settings.epsilon
+        choices = []
+        for request, solved in zip(requests, self._solve(requests), strict=True):
+            card = solved.card
+            unit = _unit_numbers(request.seed, 2 + len(card.names))
+            holdout = unit[0] < epsilon
+            if holdout:
+                places = _uniform_places(unit, card.elements)
+            else:
+                places = solved.winners[int(unit[1] * self.num_draws)].tolist()
+            slot_propensities, propensity = self._propensities(solved, places)
+            choices.append(
+                Choice(
+                    creative={n: ids[i] for n, ids, i in zip(card.names, card.elements, places, strict=True)},
+                    slot_propensities=dict(zip(card.names, slot_propensities, strict=True)),
+                    propensity=propensity,
+                    holdout=holdout,
+                    expected_ctr=solved.expected_ctr(places),
+                )
+            )
+        return choices
+
+    def propensity(self, request: DecisionRequest, creative: Mapping[str, str]) -> tuple[dict[str, float], float]:
+        """Return the exact probability of any creative: of each slot given the earlier ones, and of the whole.
+
+        A slot after one that the policy never fills so has propensity 0.
+
+        Raises:
+            ValueError: If the creative does not fill each slot with one of its candidates.
+        """
+        return self.propensities([request], [creative])[0]
+
+    def propensities(
+        self, requests: Sequence[DecisionRequest], creatives: Sequence[Mapping[str, str]]
+    ) -> list[tuple[dict[str, float], float]]:
+        """Return `propensity` for each pair of a request and a creative."""
+        out = []
+        for solved, creative in zip(self._solve(requests), creatives, strict=True):
+            slot_propensities, joint = self._propensities(solved, solved.card.places(creative))
+            out.append((dict(zip(solved.card.names, slot_propensities, strict=True)), joint))
+        return out
+
+    def expected_ctr(self, request: DecisionRequest, creative: Mapping[str, str]) -> float:
+        """Return the click probability of any creative under the posterior mean.
+
+        Raises:
+            ValueError: If the creative does not fill each slot with one of its candidates.
+        """
+        (solved,) = self._solve([request])
+        return solved.expected_ctr(solved.card.places(creative))
+
+    def winners(self, requests: Sequence[DecisionRequest]) -> list[IntArray]:
+        """Return for each request the (M, T) places of e^(m) among the candidates of its slots."""
+        return [solved.winners for solved in self._solve(requests)]
+
+    def credits(self, request: DecisionRequest, creative: Mapping[str, str]) -> dict[str, Credit]:
+        """Explain a creative: slot -> credit of its element.
+
+        Raises:
+            ValueError: If the creative does not fill each slot with one of its candidates.
+        """
+        (solved,) = self._solve([request])
+        places = solved.card.places(creative)
+        with self._lock:
+            deck, (row,) = self._deal([solved.card])
+            context_NC = self.spec.context_matrix([request.context])
+            main = [main_NLA[0] for main_NLA in deck.main(np.array([row]), self._context_weights(context_NC))]
+            pull_LTF = np.sum([deck.pull_of(t, row, place) for t, place in enumerate(places)], axis=0)
+            out = {}
+            for t, place in enumerate(places):
+                share_LA = main[t] + 0.5 * (pull_LTF[:, t] @ deck.content[t][row].T)
+                credit_L = share_LA[:, place]
+                sd = float(credit_L[:-1].std()) / self.settings.thompson_scale
+                name, ids = solved.card.names[t], solved.card.elements[t]
+                uplift = float(credit_L[-1] - share_LA[-1].mean())
+                out[name] = Credit(element_id=ids[place], credit=float(credit_L[-1]), uplift=uplift, sd=sd)
+        return out
+
+    def _propensities(self, solved: _Solved, places: Sequence[int]) -> tuple[list[float], float]:
+        agree_T = np.logical_and.accumulate(solved.winners == np.asarray(places), axis=1).sum(0).tolist()
+        epsilon, uniform, earlier, out = self.settings.epsilon, 1.0, 1.0, []
+        for count, ids in zip(agree_T, solved.card.elements, strict=True):
+            uniform /= len(ids)
+            joint = (1.0 - epsilon) * count / self.num_draws + epsilon * uniform
+            out.append(joint / earlier if earlier > 0.0 else 0.0)
+            earlier = joint
+        return out, earlier
+
+    # -- search -------------------------------------------------------------------------------------------------------
+
+    def _solve(self, requests: Sequence[DecisionRequest]) -> list[_Solved]:
+        """Return the winners of each request, searching for those that are not remembered, alike ones together."""
+        with self._lock:
+            keys = [_request_key(request) for request in requests]
+            found: dict[bytes, _Solved] = {}
+            missing: dict[Shape, dict[bytes, tuple[DecisionRequest, Card]]] = {}
+            for request, (card_key, key) in zip(requests, keys, strict=True):
+                if key in self._solved:
+                    self._solved.move_to_end(key)
+                    found[key] = self._solved[key]
+                else:
+                    card = self._card(card_key, request)
+                    missing.setdefault(card.shape, {})[key] = request, card
+            for group in missing.values():
+                items = list(group.items())
+                step = min(MAX_BATCH, self._deck(items[0][1][1]).capacity)
+                for start in range(0, len(items), step):
+                    found.update(self._search(items[start : start + step]))
+            self._solved.update((key, found[key]) for _, key in keys if key not in self._solved)
+            while len(self._solved) > MAX_SOLVED:
+                self._solved.popitem(last=False)
+            return [found[key] for _, key in keys]
+
+    def _card(self, key: bytes, request: DecisionRequest) -> Card:
+        card = self._cards.get(key)
+        if card is None:
+            names, elements = _checked(request)
+            slots = tuple(self.spec.slot_index.get(name, -1) for name in names)
+            element_index = self.spec.element_index
+            index = [
+                np.array([element_index.get((slot, e), -1) for e in ids], np.int64)
+                for slot, ids in zip(slots, elements, strict=True)
+            ]
+            content = [self._element_content_EF[rows] for rows in index]
+            for t, ids in enumerate(elements):
+                for a, element_id in enumerate(ids):
+                    # Known from an impression but not yet from the catalog counts as unknown here.
+                    if element_id in request.content and not content[t][a].any():
+                        element = request.content[element_id]
+                        content[t][a] = self._encoder.encode(element.features, element.text)
+            card = self._cards[key] = Card(key, names, elements, slots, index, content)
+            while len(self._cards) > MAX_CARDS:
+                self._cards.popitem(last=False)
+        return card
+
+    def _deck(self, card: Card) -> Deck:
+        deck = self._decks.get(card.shape)
+        if deck is None:
+            while len(self._decks) >= MAX_DECKS:
+                self._decks.popitem(last=False)
+            deck = Deck(card.shape, self.num_draws + 1, self.spec.content_size, self._pointer.width)
+            self._decks[card.shape] = deck
+        return deck
+
+    def _deal(self, cards: Sequence[Card]) -> tuple[Deck, list[int]]:
+        """Return the deck of cards of one shape, all of them prepared in it, and their rows."""
+        deck = self._deck(cards[0])
+        for _ in range(2):
+            for card in cards:
+                if card.key not in deck.rows and len(deck.rows) < deck.capacity:
+                    self._prepare(card, deck)
+            if all(card.key in deck.rows for card in cards):
+                break
+            # Full: start again. A batch is never larger than the deck, so the second pass fits.
+            deck.rows.clear()
+        return deck, [deck.rows[card.key] for card in cards]
+
+    def _prepare(self, card: Card, deck: Deck) -> None:
+        """Compute what a card's candidates contribute whatever the context is."""
+        row = deck.rows[card.key] = len(deck.rows)
+        known = [s for s in card.slots if s >= 0]
+        targets = [t for t, s in enumerate(card.slots) if s >= 0]
+        for t, slot in enumerate(card.slots):
+            content_AF, index_A = card.content[t], card.index[t]
+            deck.content[t][row] = content_AF
+            deck.keys[t][row] = self._pointer.keys(content_AF, index_A)
+            deck.base[t][row] = 0.0
+            deck.pulls[t][row] = 0.0
+            if slot >= 0:
+                deck.base[t][row] = self._content_LSF[:, slot] @ content_AF.T + self._element_LE[:, index_A]
+                pull_ALSF = np.tensordot(content_AF, self._pull_SFLSF[slot], 1)
+                deck.pulls[t][row][:, :, targets] = pull_ALSF[:, :, known]
+
+    def _context_weights(self, context_NC: FloatArray) -> FloatArray:
+        """Return what the contexts add to the content weights, (N, L, S, F)."""
+        num_draws, num_slots, size, columns = self._content_context_LSFC.shape
+        # One product for each request, not one for all: its rounding must not depend on who else is asking.
+        flat = self._content_context_LSFC.reshape(-1, columns)
+        weights_NLSF: FloatArray = np.matmul(flat, context_NC[:, :, None])
+        return weights_NLSF.reshape(len(context_NC), num_draws, num_slots, size)
+
+    def _search(self, items: Sequence[tuple[bytes, tuple[DecisionRequest, Card]]]) -> dict[bytes, _Solved]:
+        """Find e^(m) of every draw for requests of one shape."""
+        cards = [card for _, (_, card) in items]
+        deck, rows = self._deal(cards)
+        rows_N = np.array(rows)
+        context_NC = self.spec.context_matrix([request.context for _, (request, _) in items])
+        product_N = np.array([self.spec.product_index.get(request.product_id, -1) for _, (request, _) in items])
+        main = deck.main(rows_N, self._context_weights(context_NC))
+        draws = [np.ascontiguousarray(main_NLA[:, :-1]) for main_NLA in main]
+        ascent = Ascent(deck, rows_N, draws)
+        starts = [np.stack([main_NMA.argmax(-1) for main_NMA in draws], -1)]
+        if self.settings.proposals:
+            uniform_NRS = np.stack([self._proposal_numbers(key, len(deck.slots)) for key, _ in items])
+            keys = [keys_KAd[rows_N] for keys_KAd in deck.keys]
+            proposed_NRT = self._pointer.propose(deck.slots, keys, product_N, context_NC, uniform_NRS)
+            starts.append(
+                ascent.best(
+                    np.broadcast_to(proposed_NRT[:, None], (len(items), self.num_draws, *proposed_NRT.shape[1:]))
+                )
+            )
+        winners_NMT = ascent.climb(np.stack(starts, 2), self.settings.max_sweeps)
+        appeal_N = self._bias + self._product_P[product_N] + context_NC @ self._context_C
+        return {
+            key: _Solved(
+                card,
+                winners_NMT[n],
+                [main_NLA[n, -1] for main_NLA in main],
+                deck.mean_pulls(rows[n]),
+                float(appeal_N[n]),
+            )
+            for n, (key, (_, card)) in enumerate(items)
+        }
+
+    def _proposal_numbers(self, key: bytes, num_slots: int) -> NDArray[np.float64]:
+        shape = self.settings.proposals, num_slots
+        digest = hashlib.shake_128(self._identity + key).digest(4 * shape[0] * shape[1])
+        return (np.frombuffer(digest, "<u4") / 2.0**32).reshape(shape)
+
+
+# -- one request ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Solved:
+    """What a snapshot says about a request, whatever its seed."""
+
+    card: Card
+    winners: IntArray
+    """(M, T) places of e^(m) among the candidates."""
+    main: list[FloatArray]
+    """(A,) main effects of each slot's candidates under the posterior mean."""
+    pulls: list[FloatArray]
+    """(A, T, F) pulls of each slot's candidates under the posterior mean."""
+    appeal: float
+    """Logit of the product and the context alone."""
+
+    def expected_ctr(self, places: Sequence[int]) -> float:
+        """Return the click probability under the posterior mean."""
+        pull_TF = sum(pulls[a] for pulls, a in zip(self.pulls, places, strict=True))
+        logit = self.appeal
+        for t, a in enumerate(places):
+            logit += float(self.main[t][a]) + 0.5 * float(self.card.content[t][a] @ pull_TF[t])
+        return 1.0 / (1.0 + math.exp(-min(max(logit, -30.0), 30.0)))
+
+
+def _request_key(request: DecisionRequest) -> tuple[bytes, bytes]:
+    """Return what identifies the candidate set, and the whole request without its seed."""
+    content = [(e.element_id, e.features, e.text) for _, e in sorted(request.content.items())]
+    # The order of slots and candidates counts, that of the context's fields does not.
+    card_key = msgspec.json.encode((request.candidates, content))
+    return card_key, card_key + msgspec.json.encode((request.product_id, request.context), order="sorted")
+
+
+def _checked(request: DecisionRequest) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """Return slot names and candidates of a request that can be decided."""
+    if not request.candidates:
+        raise ValueError(f"request for product {request.product_id!r} has no slot; expected at least one")
+    for name, ids in request.candidates.items():
+        if not ids or len(set(ids)) != len(ids):
+            raise ValueError(
+                f"slot {name!r} has {len(ids)} candidates, {len(set(ids))} distinct; expected >= 1, distinct"
+            )
+    return tuple(request.candidates), tuple(tuple(ids) for ids in request.candidates.values())
+
+
+def _unit_numbers(seed: int, count: int) -> list[float]:
+    """Return numbers in [0, 1) that follow from a seed, on every machine and in every release the same."""
+    digest = hashlib.shake_128(seed.to_bytes(16, "little", signed=True)).digest(8 * count)
+    # 53 bits, so that the quotient is exact and stays below 1.
+    return [(word >> 11) / 2.0**53 for (word,) in struct.iter_unpack("<Q", digest)]
+
+
+def _uniform_places(unit: Sequence[float], elements: Sequence[Sequence[str]]) -> list[int]:
+    """Return a uniform choice for each slot; the first two numbers are spent on the coin and the draw."""
+    return [int(u * len(ids)) for u, ids in zip(unit[2:], elements, strict=True)]
+
+
+def _check_sizes(spec: FeatureSpec, tensors: Mapping[str, NDArray[Any]]) -> None:
+    num_slots = len(spec.slots)
+    num_draws, rows, size = *tensors["draws.bias"].shape, *tensors["element_content"].shape
+    found = {
+        "draws": (num_draws >= 1, num_draws, "at least 1"),
+        "elements": (rows == len(spec.elements), rows, len(spec.elements)),
+        "content size": (size == spec.content_size, size, spec.content_size),
+    }
+    for name, axis, want in (
+        ("context", 1, len(spec.context)),
+        ("product", 1, len(spec.products)),
+        ("content", 1, num_slots),
+        ("content_pair", 1, num_slots * (num_slots - 1) // 2),
+        ("element", 1, len(spec.elements)),
+    ):
+        got = tensors[f"draws.{name}"].shape[axis]
+        found[name] = got == want, got, want
+    for name, (ok, got, expected) in found.items():
+        if not ok:
+            raise SnapshotError("shape", f"snapshot has {got} {name}; its vocabulary says {expected}")
