@@ -83,7 +83,9 @@ def survival_probability(waiting: int, capacity: int) -> float:
     """Return the probability with which an impression is kept: 1 up to the high-water mark, then falling to 0."""
     if waiting < HIGH_WATER * capacity:
         return 1.0
-    return max(0.0, (CLICKS_ONLY * capacity - waiting) / ((CLICKS_ONLY - HIGH_WATER) * capacity))
+    left = (CLICKS_ONLY * capacity - waiting) / ((CLICKS_ONLY - HIGH_WATER) * capacity)
+    # Rounding alone would bring more than 1 at the mark itself, which every reader refuses.
+    return min(1.0, max(0.0, left))
 
 
 def records(events: Iterable[Event], num_partitions: int, batch_size: int) -> Iterator[Record]:
@@ -410,9 +412,16 @@ def _num_partitions(producer: Producer) -> int:
     """Return the partition count of the joined topics.
 
     Raises:
-        ConfigurationError: If a topic is missing or the counts differ: impressions and their clicks would never meet.
+        ConfigurationError: If no broker answers, a topic is missing, or the counts differ: impressions and their clicks
+            would never meet.
     """
-    counts = {topic: len(producer.partitions_for(topic) or ()) for topic in (IMPRESSIONS, CLICKS, CATALOG)}
+    try:
+        counts = {topic: len(producer.partitions_for(topic) or ()) for topic in (IMPRESSIONS, CLICKS, CATALOG)}
+    except KafkaTimeoutError as error:
+        raise ConfigurationError(
+            f"Kafka does not tell the partitions of {IMPRESSIONS}, {CLICKS} and {CATALOG} ({error}); either no broker "
+            "answers at GENCO_KAFKA_BOOTSTRAP_SERVERS, or create the topics with: genco topics create"
+        ) from None
     missing = [topic for topic, count in counts.items() if count == 0]
     if missing:
         raise ConfigurationError(f"topics {', '.join(missing)} do not exist; create them with: genco topics create")

@@ -125,8 +125,11 @@ def build(settings: ServeSettings, registry: CollectorRegistry = REGISTRY) -> Pa
 
 def _producer(settings: ServeSettings) -> Producer:
     try:
-        # The event log knows how long it may wait; the defaults would hold up a shutdown.
-        producer: Producer = kafka_producer(settings, bootstrap_timeout_ms=_CONNECT_MS, max_block_ms=_CONNECT_MS)
+        # Short, as a shutdown must not wait for it. And a missing topic is an error: a broker that creates it by itself
+        # gives it a partition count of its own.
+        producer: Producer = kafka_producer(
+            settings, bootstrap_timeout_ms=_CONNECT_MS, max_block_ms=_CONNECT_MS, allow_auto_create_topics=False
+        )
     except (KafkaError, OSError) as error:
         raise ConfigurationError(unreachable_kafka(settings, error)) from error
     return producer

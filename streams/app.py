@@ -13,9 +13,30 @@ from typing import Any
 
 import faust
 import mode
+from aiokafka import AIOKafkaConsumer
 from faust.auth import SASLCredentials, SSLCredentials
+from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread, Consumer, Transport
 
 from streams.contracts.settings import KafkaSettings
+
+
+class _ConsumerThread(AIOKafkaConsumerThread):
+    """Faust asks the broker to wait 1.5 s for records; the embedded broker then does, even when some have come."""
+
+    def _create_worker_consumer(self, transport: Any) -> AIOKafkaConsumer:
+        consumer = super()._create_worker_consumer(transport)
+        consumer._fetch_max_wait_ms = transport.fetch_max_wait_ms  # noqa: SLF001 - no setting
+        return consumer
+
+
+class _Consumer(Consumer):
+    def _new_consumer_thread(self) -> AIOKafkaConsumerThread:
+        return _ConsumerThread(self, loop=self.loop, beacon=self.beacon)
+
+
+class _Transport(Transport):
+    Consumer = _Consumer
+    fetch_max_wait_ms: int
 
 
 def create_app(settings: KafkaSettings, group: str, *, instance_id: str | None = None) -> faust.App:
@@ -31,7 +52,7 @@ def create_app(settings: KafkaSettings, group: str, *, instance_id: str | None =
         options["broker_credentials"] = credentials
     if instance_id:
         options["consumer_group_instance_id"] = instance_id
-    return faust.App(
+    app = faust.App(
         group,
         broker=[f"kafka://{server}" for server in settings.kafka_bootstrap_servers.split(",")],
         autodiscover=False,
@@ -60,6 +81,10 @@ def create_app(settings: KafkaSettings, group: str, *, instance_id: str | None =
         web_enabled=False,
         **options,
     )
+    transport = _Transport(app.conf.broker_consumer, app)
+    transport.fetch_max_wait_ms = settings.kafka_fetch_max_wait_ms
+    app.transport = transport
+    return app
 
 
 def _credentials(settings: KafkaSettings) -> SASLCredentials | SSLCredentials | None:

@@ -99,9 +99,10 @@ class EventClock:
     """The watermark of one partition over its two topics: no event before it is still expected.
 
     A topic's own clock is the newest time seen in it. While a topic has more to read, its clock holds the watermark
-    back. One that has been read to its end may trail the other by `idle_timeout_ms` at most, and when both are silent
-    the watermark goes on with the wall clock, so an idle partition delays no label. With `idle_timeout_ms` 0 the
-    watermark moves by events and marks alone: a replay then gives the same labels at any speed.
+    back. Once both have been read to their ends, the newest clock goes on with the wall clock, and a topic that has
+    been read to its end trails it by `idle_timeout_ms` at most: so an idle partition, or one with rare clicks, delays
+    no label, and an event may be that late on its way before it counts as late. With `idle_timeout_ms` 0 the watermark
+    moves by events and marks alone: a replay then gives the same labels at any speed.
     """
 
     def __init__(self, idle_timeout_ms: int) -> None:
@@ -133,9 +134,8 @@ class EventClock:
         newest = max(self._clock_ms.values())
         trails: int | None = None
         if self._idle_timeout_ms:
-            silence = now_ms - self._read_at_ms
-            if len(caught_up) == len(JOIN_TOPICS) and silence > self._idle_timeout_ms:
-                newest += silence
+            if len(caught_up) == len(JOIN_TOPICS):
+                newest += now_ms - self._read_at_ms
             trails = newest - self._idle_timeout_ms
         clocks: list[int] = []
         for topic in JOIN_TOPICS:

@@ -70,7 +70,12 @@ def kafka_consumer(settings: KafkaSettings, *topics: str, **options: Any) -> Kaf
     return KafkaConsumer(
         *topics,
         **kafka_options(settings)
-        | {"auto_offset_reset": "earliest", "enable_auto_commit": False, "request_timeout_ms": 40_000}
+        | {
+            "auto_offset_reset": "earliest",
+            "enable_auto_commit": False,
+            "request_timeout_ms": 40_000,
+            "fetch_max_wait_ms": settings.kafka_fetch_max_wait_ms,
+        }
         | options,
     )
 

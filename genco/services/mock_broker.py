@@ -62,7 +62,12 @@ class MockBroker(Service):
 
     def client_settings(self) -> dict[str, str]:
         """Return the environment variables that lead the other processes to this broker."""
-        return {"GENCO_KAFKA_BOOTSTRAP_SERVERS": self.bootstrap_servers, "GENCO_KAFKA_API_VERSION": "0.11"}
+        return {
+            "GENCO_KAFKA_BOOTSTRAP_SERVERS": self.bootstrap_servers,
+            "GENCO_KAFKA_API_VERSION": "0.11",
+            # A fetch that found nothing is answered after its full wait, whatever has come meanwhile.
+            "GENCO_KAFKA_FETCH_MAX_WAIT_MS": "50",
+        }
 
     def _launch(self, directory: Path) -> ManagedProcess:
         find_librdkafka()  # Fail here, where the message is short, rather than in the child.

@@ -245,8 +245,8 @@ class GrowingFeatureSpec:
 class ContentEncoder:
     """Element content -> F numbers in [-4, 4]: deterministic, the same in every process and release of one `id`.
 
-    At most F features are taken as they are; more are projected by a fixed random matrix with orthonormal rows, scaled
-    so that the variance of a number is kept (Johnson and Lindenstrauss 1984). Text becomes signed hashed counts of
+    At most F features are taken as they are; more are projected by a fixed random matrix with orthonormal rows,
+    which keeps the variance of a number (Johnson and Lindenstrauss 1984). Text becomes signed hashed counts of
     words and of character trigrams (Weinberger et al. 2009), normalized to length 1, in the numbers that the features
     leave free: hashed on top of features it would blur what is exact.
 
@@ -309,5 +309,5 @@ def _projection(rows: int, columns: int) -> NDArray[np.float64]:
     normal = np.random.default_rng([rows, columns]).standard_normal((columns, rows))
     q, r = np.linalg.qr(normal)
     # QR leaves the signs of the columns open; the diagonal of R fixes them, so every LAPACK gives the same matrix.
-    result: NDArray[np.float64] = (q * np.sign(np.diag(r))).T * math.sqrt(columns / rows)
+    result: NDArray[np.float64] = (q * np.sign(np.diag(r))).T
     return result

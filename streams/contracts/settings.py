@@ -38,6 +38,8 @@ class KafkaSettings(_Settings):
     """Brokers as host:port, separated by commas."""
     kafka_api_version: Annotated[str, Field(pattern=r"^\d+(\.\d+)*$")] | None = None
     """Protocol version to assume instead of asking the broker; the embedded broker of the demo needs 0.11."""
+    kafka_fetch_max_wait_ms: Annotated[int, Field(ge=1, le=10_000)] = 500
+    """How long the broker may wait for records before it answers that there are none."""
     kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
     """How the connection is secured."""
     kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
@@ -124,8 +126,8 @@ class JoinSettings(KafkaSettings, WindowSettings, MetricsSettings):
     joiner_instance_id: str | None = None
     """Stable name of this process for static group membership; a restart within the session then moves nothing."""
     idle_timeout_ms: Annotated[int, Field(ge=0, le=600_000)] = 500
-    """A topic that has been read to its end and is silent this long no longer holds the clock back. 0: it always does,
-    for logs whose clocks go on by marks alone."""
+    """An event may be this late on its way to Kafka: a topic that has been read to its end holds the clock back by no
+    more. 0: it does until its next event or mark, for logs whose clocks go on by marks alone."""
     max_future_skew_ms: Annotated[int, Field(ge=0, le=86_400_000)] = 60_000
     """An event this far ahead of its record's own time has a wrong clock and goes to the dead letters."""
     emit_linger_ms: Annotated[int, Field(ge=0, le=10_000)] = 200

@@ -65,6 +65,7 @@ def test_settings_for_other_processes_name_address_and_api_version(broker):
     assert broker.client_settings() == {
         "GENCO_KAFKA_BOOTSTRAP_SERVERS": broker.bootstrap_servers,
         "GENCO_KAFKA_API_VERSION": "0.11",
+        "GENCO_KAFKA_FETCH_MAX_WAIT_MS": "50",
     }
 
 
