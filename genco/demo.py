@@ -58,17 +58,8 @@ def run(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _frame: stopped.append(received))
     console = Console()
-    options = LoopOptions(
-        kafka=kafka or "embedded",
-        attribution_window_ms=WINDOW_MS,
-        label_wait_ms=LABEL_WAIT_MS,
-        rate=rate,
-        # What the loop can do in near real time: short waits, an update and a publication each second.
-        settings={"GENCO_IDLE_TIMEOUT_MS": "300", "GENCO_EMIT_LINGER_MS": "100", "GENCO_REFRESH_INTERVAL_MS": "250"},
-        directory=directory,
-    )
-    with Loop(options) as loop:
-        watch = _Watch(loop, rate=rate, seed=seed, should_stop=lambda: bool(stopped))
+    with Loop(loop_options(kafka=kafka or "embedded", rate=rate, directory=directory)) as loop:
+        watch = Watch(loop, rate=rate, seed=seed, should_stop=lambda: bool(stopped))
         try:
             watch.start(console)
             _view(watch, console, seconds)
@@ -86,7 +77,19 @@ def run(
     return 0 if result["ledger"]["imbalance"] == 0 else 1
 
 
-class _Watch:
+def loop_options(*, kafka: KafkaKind, rate: float, directory: Path | None) -> LoopOptions:
+    """Return what the loop can do in near real time: short waits, an update and a publication each second."""
+    return LoopOptions(
+        kafka=kafka,
+        attribution_window_ms=WINDOW_MS,
+        label_wait_ms=LABEL_WAIT_MS,
+        rate=rate,
+        settings={"GENCO_IDLE_TIMEOUT_MS": "300", "GENCO_EMIT_LINGER_MS": "100", "GENCO_REFRESH_INTERVAL_MS": "250"},
+        directory=directory,
+    )
+
+
+class Watch:
     """Everything the demo knows about the loop, without touching it."""
 
     def __init__(self, loop: Loop, *, rate: float, seed: int, should_stop: Callable[[], bool]) -> None:
@@ -233,7 +236,7 @@ class _Watch:
         self._client.close()
 
 
-def _view(watch: _Watch, console: Console, seconds: float | None) -> None:
+def _view(watch: Watch, console: Console, seconds: float | None) -> None:
     """Show the loop until the end."""
     interactive = console.is_terminal
     with Live(console=console, auto_refresh=False, transient=False) as live:
@@ -263,11 +266,11 @@ def _seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f} s"
 
 
-def _recent(watch: _Watch) -> tuple[float | None, float | None, float | None]:
+def _recent(watch: Watch) -> tuple[float | None, float | None, float | None]:
     return watch.ctr_history[-1] if watch.ctr_history else (None, None, None)
 
 
-def _line(watch: _Watch) -> str:
+def _line(watch: Watch) -> str:
     served, uniform, best = _recent(watch)
     freshness = watch.freshness()
     ledger = watch.ledger()
@@ -278,12 +281,12 @@ def _line(watch: _Watch) -> str:
     )
 
 
-def _version(watch: _Watch) -> str:
+def _version(watch: Watch) -> str:
     manifest = watch.policy.get("manifest") or {}
     return f"{manifest.get('epoch', '-')}.{manifest.get('version', '-')} ({watch.policy.get('source', '-')})"
 
 
-def _screen(watch: _Watch) -> Group:
+def _screen(watch: Watch) -> Group:
     served, uniform, best = _recent(watch)
     rates = Table.grid(padding=(0, 2))
     rates.add_row(

@@ -176,7 +176,9 @@ class Generator:
         self.num_steps += 1
         clip = min(1.0, 1.0 / (norm + 1e-12))
         first_rate, second_rate = 1.0 - 0.9**self.num_steps, 1.0 - 0.99**self.num_steps
-        for name, gradient in gradients.items():
+        for name, strided in gradients.items():
+            # In the order of memory that a checkpoint restores; rounding depends on it.
+            gradient = strided.contiguous()
             self._first[name].lerp_(gradient * clip, 0.1)
             self._second[name].lerp_((gradient * clip).square(), 0.01)
             scale = (self._second[name] / second_rate).sqrt() + 1e-8

@@ -22,8 +22,6 @@ from streams.contracts.examples import ExampleBatch, LabelKind
 
 BUCKET_MS = 10_000
 NEGATIVE, POSITIVE = 1, 2
-BYTES_PER_DECISION = 104
-"""Measured: a dict entry with its integer, at the load factor that dicts settle at."""
 
 
 class Intake:

@@ -195,12 +195,15 @@ class OnlineLearner:
         features = self.features
         product = [features.product(product_id) for product_id in batch.product_id]
         chosen = []
+        seen: set[tuple[str, ...]] = set()
         for row, context in enumerate(batch.context):
             features.context(context)
             # All candidates, not only the chosen: the next decision may choose any of them.
             for slot, ids in batch.candidates[row].items():
-                for element_id in ids:
-                    features.element(slot, element_id)
+                if (slot, *ids) not in seen:
+                    seen.add((slot, *ids))
+                    for element_id in ids:
+                        features.element(slot, element_id)
             creative = batch.creative[row]
             chosen.append({features.slot(slot): features.element(slot, e) for slot, e in creative.items()})
         self._grow()

@@ -395,22 +395,29 @@ class Policy:
         row = deck.rows[card.key] = len(deck.rows)
         known = [s for s in card.slots if s >= 0]
         targets = [t for t, s in enumerate(card.slots) if s >= 0]
+        is_whole = card.slots == tuple(range(len(self.spec.slots)))
         for t, slot in enumerate(card.slots):
             content_AF, index_A = card.content[t], card.index[t]
             deck.content[t][row] = content_AF
             deck.keys[t][row] = self._pointer.keys(content_AF, index_A)
-            deck.base[t][row] = 0.0
-            deck.pulls[t][row] = 0.0
-            if slot >= 0:
-                deck.base[t][row] = self._content_LSF[:, slot] @ content_AF.T + self._element_LE[:, index_A]
-                pull_ALSF = np.tensordot(content_AF, self._pull_SFLSF[slot], 1)
-                deck.pulls[t][row][:, :, targets] = pull_ALSF[:, :, known]
+            base_LA, pull_ALTF = deck.base[t][row], deck.pulls[t][row]
+            if slot < 0:
+                base_LA[:] = 0.0
+                pull_ALTF[:] = 0.0
+                continue
+            base_LA[:] = self._content_LSF[:, slot] @ content_AF.T + self._element_LE[:, index_A]
+            pull_ALSF = np.tensordot(content_AF, self._pull_SFLSF[slot], 1)
+            if is_whole:  # the common case, without a detour over indices
+                pull_ALTF[:] = pull_ALSF
+            else:
+                pull_ALTF[:] = 0.0
+                pull_ALTF[:, :, targets] = pull_ALSF[:, :, known]
 
     def _context_weights(self, context_NC: FloatArray) -> FloatArray:
         """Return what the contexts add to the content weights, (N, L, S, F)."""
         num_draws, num_slots, size, columns = self._content_context_LSFC.shape
         # One product for each request, not one for all: its rounding must not depend on who else is asking.
-        flat = self._content_context_LSFC.reshape(-1, columns)
+        flat = self._content_context_LSFC.reshape(num_draws * num_slots * size, columns)
         weights_NLSF: FloatArray = np.matmul(flat, context_NC[:, :, None])
         return weights_NLSF.reshape(len(context_NC), num_draws, num_slots, size)
 

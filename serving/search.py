@@ -106,7 +106,7 @@ class Ascent:
         self._content = [content_KAF[rows_N] for content_KAF in deck.content]
         num_requests, num_draws = main[0].shape[:2]
         _, _, all_draws, self._num_slots, self._size = deck.pulls[0].shape
-        # Gathers go through flat views, because np.take of rows is several times faster than indexing by arrays:
+        # Gathers go through flat views: np.take of rows took 1.5 us where indexing by arrays took 1.9 (32 x 2 rows);
         # row = first + candidate * stride.
         self._flat_pulls = [p.reshape(-1, self._num_slots, self._size) for p in deck.pulls]
         self._flat_content = [c.reshape(-1, self._size) for c in self._content]

@@ -62,7 +62,11 @@ def test_numpy_twin_gives_the_same_log_probabilities() -> None:
         np.testing.assert_allclose(twin[0], log_pi[b][:, slots].numpy(), atol=1e-5)
         # The twin may be asked in any order of slots.
         turned = pointer.log_probabilities(
-            slots[::-1], keys[::-1], cards.product[b : b + 1].numpy(), cards.context[b : b + 1].numpy(), places[..., ::-1]
+            slots[::-1],
+            keys[::-1],
+            cards.product[b : b + 1].numpy(),
+            cards.context[b : b + 1].numpy(),
+            places[..., ::-1],
         )
         np.testing.assert_allclose(turned[0][:, ::-1], twin[0], atol=1e-6)
 
@@ -121,7 +125,9 @@ def test_rewards_equal_the_definition() -> None:
             element = int(cards.candidate[b, s, chosen[b, 0, s]])
             weights = effects["content"][m, s] + effects["content_context"][m, s] @ cards.context[b]
             total += float(z[s] @ weights) + (float(effects["element"][m, element]) if element >= 0 else 0.0)
-        pairs = [float(z[s] @ effects["content_pair"][m, t * (t - 1) // 2 + s] @ z[t]) for t in range(S) for s in range(t)]
+        pairs = [
+            float(z[s] @ effects["content_pair"][m, t * (t - 1) // 2 + s] @ z[t]) for t in range(S) for s in range(t)
+        ]
         assert float(found.total[b, 0]) == pytest.approx(total + sum(pairs), abs=1e-5)
         assert float(found.marginal[b, 0].sum()) == pytest.approx(total + 2 * sum(pairs), abs=1e-5)
 

