@@ -84,7 +84,13 @@ def loop_options(*, kafka: KafkaKind, rate: float, directory: Path | None) -> Lo
         attribution_window_ms=WINDOW_MS,
         label_wait_ms=LABEL_WAIT_MS,
         rate=rate,
-        settings={"GENCO_IDLE_TIMEOUT_MS": "300", "GENCO_EMIT_LINGER_MS": "100", "GENCO_REFRESH_INTERVAL_MS": "250"},
+        settings={
+            "GENCO_IDLE_TIMEOUT_MS": "300",
+            "GENCO_EMIT_LINGER_MS": "100",
+            "GENCO_REFRESH_INTERVAL_MS": "250",
+            # So that a killed joiner or learner is back soon.
+            "GENCO_KAFKA_SESSION_TIMEOUT_MS": "6000",
+        },
         directory=directory,
     )
 

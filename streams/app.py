@@ -47,6 +47,7 @@ def create_app(settings: KafkaSettings, group: str, *, instance_id: str | None =
         group: Consumer group.
         instance_id: Stable name for static membership, or None.
     """
+    session_s = settings.kafka_session_timeout_ms / 1000
     options: dict[str, Any] = {}
     if credentials := _credentials(settings):
         options["broker_credentials"] = credentials
@@ -65,9 +66,9 @@ def create_app(settings: KafkaSettings, group: str, *, instance_id: str | None =
         stream_buffer_maxsize=128,
         broker_commit_interval=2.0,
         broker_max_poll_records=200,
-        broker_session_timeout=30.0,
-        broker_request_timeout=60.0,
-        broker_heartbeat_interval=3.0,
+        broker_session_timeout=session_s,
+        broker_request_timeout=max(60.0, 2 * session_s),
+        broker_heartbeat_interval=session_s / 10,
         consumer_auto_offset_reset="earliest",
         consumer_max_fetch_size=4 * 2**20,
         producer_request_timeout=30.0,
