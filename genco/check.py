@@ -5,10 +5,8 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 
-import redis
-
-from genco.services import find_kafka_home
-from streams.clients import check_topics, redis_client
+from genco.services import ServiceError, find_kafka_home
+from streams.clients import UnreachableError, check_topics, redis_client, require_redis
 from streams.contracts.settings import (
     EX_CONFIG,
     ConfigurationError,
@@ -35,7 +33,7 @@ def run() -> int:
     for name, check in checks:
         try:
             print(f"ok    {name}: {check()}")
-        except ConfigurationError as error:
+        except (ConfigurationError, UnreachableError, ServiceError) as error:
             failed = True
             print(f"FAIL  {name}: {error}")
     return EX_CONFIG if failed else 0
@@ -52,27 +50,11 @@ def _kafka() -> str:
 
 
 def _redis() -> str:
-    settings = load(RedisSettings)
-    client = redis_client(settings, timeout_s=2.0, retries=0)
-    host = client.connection_pool.connection_kwargs.get("host", "?")
-    port = client.connection_pool.connection_kwargs.get("port", "?")
+    client = redis_client(load(RedisSettings), timeout_s=2.0, retries=0)
     try:
-        client.ping()
-        policy = client.config_get("maxmemory-policy").get("maxmemory-policy", "noeviction")
-    except redis.AuthenticationError as error:
-        raise ConfigurationError(f"{host}:{port} refuses the password ({error}); correct GENCO_REDIS_URL") from None
-    except redis.exceptions.NoPermissionError:
-        return f"{host}:{port} answers (its eviction policy may not be read with this user)"
-    except redis.RedisError as error:
-        raise ConfigurationError(f"{host}:{port} does not answer ({error}); start it, or set GENCO_REDIS_URL") from None
+        return f"{require_redis(client)} answers, nothing is evicted"
     finally:
         client.close()
-    if policy != "noeviction":
-        raise ConfigurationError(
-            f"{host}:{port} has maxmemory-policy {policy}, which may evict the policy that is served; "
-            "set it to noeviction"
-        )
-    return f"{host}:{port} answers, nothing is evicted"
 
 
 def _kafka_home() -> str:

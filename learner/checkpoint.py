@@ -1,8 +1,8 @@
 """Checkpoints on disk: one file, complete or not there.
 
-A checkpoint is a safetensors file: the learner's tensors, and its other state as JSON bytes in the tensor `state`. It is
-written beside its final name, fsynced and renamed, and its name carries its sha256, so a torn or damaged file is known
-before it is read. Offsets inside it say what it has learned; Kafka's committed offsets are only a hint.
+A checkpoint is a safetensors file: the learner's tensors, and its other state as JSON bytes in the tensor `state`. It
+is written beside its final name, fsynced and renamed, and its name carries its sha256, so a torn or damaged file is
+known before it is read. Offsets inside it say what it has learned; Kafka's committed offsets are only a hint.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from learner.checkpoint import CheckpointStore
 from learner.online import OnlineLearner, UpdateReport
 from learner.publisher import Fence, Outcome, Publisher
 from learner.updates import Backlog, PendingRecord, Update, concat
-from streams.clients import assign_whole_topic, kafka_consumer, kafka_producer, redis_client
+from streams.clients import assign_whole_topic, kafka_consumer, kafka_producer, redis_client, require_redis
 from streams.contracts.catalog import Catalog
 from streams.contracts.examples import ExampleBatch, LabelKind, decode_examples
 from streams.contracts.settings import LearnSettings
@@ -96,7 +96,6 @@ class Worker:
         self._parent_sha256: str | None = None
         self._due_ms: list[np.ndarray[Any, np.dtype[np.int64]]] = []
         self._fence = Fence()
-        self._publisher: Publisher | None = None
         self._renewed_at = 0.0
         self._updated_at = 0.0
         self._checkpointed_at = 0.0
@@ -112,12 +111,16 @@ class Worker:
 
         Raises:
             CheckpointError: If there are checkpoints and none can be read.
-            ConfigurationError: If a topic is missing.
+            ConfigurationError: If a topic is missing, or Redis refuses the password or evicts.
+            UnreachableError: If Kafka or Redis does not answer.
         """
+        client = redis_client(self._settings, timeout_s=2.0, retries=1)
+        require_redis(client)
         self._updates_producer: KafkaProducer = kafka_producer(self._settings)
         self._catalog_consumer: KafkaConsumer = kafka_consumer(self._settings)
         assign_whole_topic(self._catalog_consumer, CATALOG)
         self._resume()
+        self._publisher = Publisher(client, self._settings.model_id, self._settings.lease_ms, self._fence)
         self._thread.start()
 
     def stop(self, timeout_s: float = 10.0) -> None:
@@ -139,7 +142,7 @@ class Worker:
                 if time.monotonic() - self._checkpointed_at >= self._settings.checkpoint_interval_ms / 1000:
                     self._checkpoint()
             self._checkpoint()
-            if self._publisher is not None and self._publisher.holds_lease:
+            if self._publisher.holds_lease:
                 self._publisher.release()
         except BaseException as error:
             logger.exception("the learner's thread failed")
@@ -281,9 +284,6 @@ class Worker:
             return
         self._renewed_at = time.monotonic()
         try:
-            if self._publisher is None:
-                client = redis_client(self._settings, timeout_s=2.0, retries=1)
-                self._publisher = Publisher(client, self._settings.model_id, self._settings.lease_ms, self._fence)
             if self._publisher.holds_lease and self._publisher.renew():
                 return
             if self._publisher.acquire():
@@ -293,7 +293,7 @@ class Worker:
         except redis.RedisError as error:
             logger.warning("Redis does not answer; training goes on", extra={"error": str(error)})
         finally:
-            _lease.set(self._publisher is not None and self._publisher.holds_lease)
+            _lease.set(self._publisher.holds_lease)
 
     def _publish(self) -> None:
         due_ms = np.concatenate(self._due_ms) if self._due_ms else np.empty(0, np.int64)
@@ -311,7 +311,7 @@ class Worker:
         if not verdict.accepted:
             _published.labels("refused").inc()
             logger.warning("the gate refused a snapshot", extra={"version": self._number, "reasons": verdict.reasons})
-        if self._publisher is None or not self._publisher.holds_lease:
+        if not self._publisher.holds_lease:
             _published.labels("no_lease").inc()
             return
         try:

@@ -14,11 +14,10 @@ import sys
 import time
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import uvicorn
-from kafka.errors import KafkaError
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from serving.api import ServerState, create_app
@@ -30,7 +29,7 @@ from serving.metrics import ServingMetrics
 from serving.policy_holder import PolicyHolder
 from serving.refresher import Refresher
 from serving.snapshot_store import LastGood, SnapshotStore
-from streams.clients import kafka_consumer, kafka_producer, redis_client, unreachable_kafka
+from streams.clients import kafka_consumer, kafka_producer, redis_client
 from streams.contracts.settings import EX_CONFIG, ConfigurationError, ServeSettings, load
 from streams.telemetry import MetricsServer, configure_logging, now_ms
 
@@ -88,7 +87,7 @@ def build(settings: ServeSettings, registry: CollectorRegistry = REGISTRY) -> Pa
         metrics=metrics,
         rng=np.random.default_rng(),
     )
-    catalog = CatalogView(lambda: _consumer(settings), metrics)
+    catalog = CatalogView(lambda: kafka_consumer(settings), metrics)
     refresher = Refresher(
         store=SnapshotStore(redis_client(settings, timeout_s=REDIS_TIMEOUT_S, retries=0), settings.model_id, key),
         holder=holder,
@@ -124,22 +123,12 @@ def build(settings: ServeSettings, registry: CollectorRegistry = REGISTRY) -> Pa
 
 
 def _producer(settings: ServeSettings) -> Producer:
-    try:
-        # Short, as a shutdown must not wait for it. And a missing topic is an error: a broker that creates it by itself
-        # gives it a partition count of its own.
-        producer: Producer = kafka_producer(
-            settings, bootstrap_timeout_ms=_CONNECT_MS, max_block_ms=_CONNECT_MS, allow_auto_create_topics=False
-        )
-    except (KafkaError, OSError) as error:
-        raise ConfigurationError(unreachable_kafka(settings, error)) from error
+    # Short, as a shutdown must not wait for it. And a missing topic is an error: a broker that creates it by itself
+    # gives it a partition count of its own.
+    producer: Producer = kafka_producer(
+        settings, bootstrap_timeout_ms=_CONNECT_MS, max_block_ms=_CONNECT_MS, allow_auto_create_topics=False
+    )
     return producer
-
-
-def _consumer(settings: ServeSettings) -> Any:
-    try:
-        return kafka_consumer(settings)
-    except (KafkaError, OSError) as error:
-        raise ConfigurationError(unreachable_kafka(settings, error)) from error
 
 
 class _Server(uvicorn.Server):

@@ -6,7 +6,10 @@ retries writes too. So every client is made here.
 
 from __future__ import annotations
 
-from typing import Any, Final
+import socket
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final, TypeVar
 
 import redis
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
@@ -21,6 +24,32 @@ from streams.contracts.topics import JOINED, TOPICS
 COMPRESSION: Final = "gzip"
 """Events repeat their field names, so they shrink five-fold; gzip is the one codec that needs no further package."""
 
+CONNECT_TIMEOUT_S: Final = 3.0
+ClientT = TypeVar("ClientT")
+_BOOTSTRAP: Final = "GENCO_KAFKA_BOOTSTRAP_SERVERS"
+
+
+class UnreachableError(ConnectionError):
+    """A server does not answer; the message says which, and what to do. Trying again later may help."""
+
+
+def require_kafka(settings: KafkaSettings) -> None:
+    """Check that a broker accepts connections, before a client that would go on trying and logging for long.
+
+    Raises:
+        UnreachableError: If none of the bootstrap servers does.
+    """
+    causes = []
+    for server in settings.kafka_bootstrap_servers.split(","):
+        host, _, port = server.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        except OSError as error:
+            causes.append(f"{server}: {error.strerror or error}")
+        else:
+            return
+    raise UnreachableError(f"no Kafka broker answers ({'; '.join(causes)}); start it, or set {_BOOTSTRAP}")
+
 
 def kafka_options(settings: KafkaSettings) -> dict[str, Any]:
     """Return the connection options that every kafka-python client takes."""
@@ -28,6 +57,7 @@ def kafka_options(settings: KafkaSettings) -> dict[str, Any]:
         "bootstrap_servers": settings.kafka_bootstrap_servers.split(","),
         "security_protocol": settings.kafka_security_protocol,
         "request_timeout_ms": 15_000,
+        "bootstrap_timeout_ms": 10_000,
         "reconnect_backoff_max_ms": 2_000,
     }
     if settings.kafka_api_version:
@@ -45,39 +75,40 @@ def kafka_producer(settings: KafkaSettings, **options: Any) -> KafkaProducer:
     """Return a producer whose acknowledged records survive a broker and are not repeated by its own retries.
 
     Raises:
-        KafkaError: If no broker answers.
+        UnreachableError: If no broker answers.
     """
-    return KafkaProducer(
-        **kafka_options(settings)
-        | {
-            "acks": "all",
-            "enable_idempotence": True,
-            "compression_type": COMPRESSION,
-            "max_block_ms": 15_000,
-            "delivery_timeout_ms": 120_000,
-            "max_request_size": 4 * 2**20,
-        }
-        | options
-    )
+    defaults: dict[str, Any] = {
+        "acks": "all",
+        "enable_idempotence": True,
+        "compression_type": COMPRESSION,
+        "max_block_ms": 15_000,
+        "delivery_timeout_ms": 120_000,
+        "max_request_size": 4 * 2**20,
+    }
+    return _connected(KafkaProducer, settings, defaults | options)
 
 
 def kafka_consumer(settings: KafkaSettings, *topics: str, **options: Any) -> KafkaConsumer:
     """Return a consumer that starts at the beginning and commits nothing by itself.
 
     Raises:
-        KafkaError: If no broker answers.
+        UnreachableError: If no broker answers.
     """
-    return KafkaConsumer(
-        *topics,
-        **kafka_options(settings)
-        | {
-            "auto_offset_reset": "earliest",
-            "enable_auto_commit": False,
-            "request_timeout_ms": 40_000,
-            "fetch_max_wait_ms": settings.kafka_fetch_max_wait_ms,
-        }
-        | options,
-    )
+    defaults: dict[str, Any] = {
+        "auto_offset_reset": "earliest",
+        "enable_auto_commit": False,
+        "request_timeout_ms": 40_000,
+        "fetch_max_wait_ms": settings.kafka_fetch_max_wait_ms,
+    }
+    return _connected(partial(KafkaConsumer, *topics), settings, defaults | options)
+
+
+def _connected(client: Callable[..., ClientT], settings: KafkaSettings, options: dict[str, Any]) -> ClientT:
+    require_kafka(settings)
+    try:
+        return client(**kafka_options(settings) | options)
+    except (KafkaError, OSError) as error:
+        raise _refused(settings, error) from error
 
 
 def assign_whole_topic(consumer: KafkaConsumer, topic: str) -> list[TopicPartition]:
@@ -99,23 +130,22 @@ def partitions_of(settings: KafkaSettings) -> dict[str, int]:
     """Return the partition count of every topic of ours that exists.
 
     Raises:
-        ConfigurationError: If no broker answers.
+        UnreachableError: If no broker answers.
     """
+    consumer = kafka_consumer(settings)
     try:
-        consumer = kafka_consumer(settings)
-        try:
-            return {name: len(found) for name in TOPICS if (found := consumer.partitions_for_topic(name))}
-        finally:
-            consumer.close()
+        return {name: len(found) for name in TOPICS if (found := consumer.partitions_for_topic(name))}
     except (KafkaError, OSError) as error:
-        raise ConfigurationError(unreachable_kafka(settings, error)) from error
+        raise _refused(settings, error) from error
+    finally:
+        consumer.close()
 
 
-def unreachable_kafka(settings: KafkaSettings, error: Exception) -> str:
-    """Return the line that tells a person what to do."""
-    return (
-        f"no Kafka broker answers at {settings.kafka_bootstrap_servers} ({type(error).__name__}: {error}); "
-        "start it, or set GENCO_KAFKA_BOOTSTRAP_SERVERS"
+def _refused(settings: KafkaSettings, error: Exception) -> UnreachableError:
+    servers = settings.kafka_bootstrap_servers
+    return UnreachableError(
+        f"the Kafka broker at {servers} accepts connections but refuses requests ({type(error).__name__}: {error}); "
+        "check its version, and the security settings GENCO_KAFKA_SECURITY_PROTOCOL and GENCO_KAFKA_SASL_*"
     )
 
 
@@ -123,6 +153,7 @@ def check_topics(settings: KafkaSettings) -> int:
     """Return the partition count of the joined topics.
 
     Raises:
+        UnreachableError: If no broker answers.
         ConfigurationError: If a topic is missing or the joined ones differ in their counts: an impression and its
             click would then never meet.
     """
@@ -153,35 +184,26 @@ def create_topics(settings: KafkaSettings, *, replication_factor: int = -1) -> l
         replication_factor: -1 for the broker's default.
 
     Raises:
-        ConfigurationError: If the broker refuses or does not answer.
+        UnreachableError: If the broker refuses or does not answer.
     """
     created = []
+    admin = _connected(KafkaAdminClient, settings, {})
     try:
-        admin = KafkaAdminClient(**kafka_options(settings))
-        try:
-            for topic in TOPICS.values():
-                config = {"cleanup.policy": "compact" if topic.compacted else "delete"}
-                if not topic.compacted:
-                    hours = topic.retention_hours
-                    config["retention.ms"] = "-1" if hours is None else str(hours * 3_600_000)
-                try:
-                    admin.create_topics(
-                        [
-                            NewTopic(
-                                topic.name,
-                                settings.partitions if topic.partitioned else 1,
-                                replication_factor,
-                                topic_configs=config,
-                            )
-                        ]
-                    )
-                    created.append(topic.name)
-                except TopicAlreadyExistsError:
-                    continue
-        finally:
-            admin.close()
+        for topic in TOPICS.values():
+            config = {"cleanup.policy": "compact" if topic.compacted else "delete"}
+            if not topic.compacted:
+                hours = topic.retention_hours
+                config["retention.ms"] = "-1" if hours is None else str(hours * 3_600_000)
+            partitions = settings.partitions if topic.partitioned else 1
+            try:
+                admin.create_topics([NewTopic(topic.name, partitions, replication_factor, topic_configs=config)])
+            except TopicAlreadyExistsError:
+                continue
+            created.append(topic.name)
     except (KafkaError, OSError) as error:
-        raise ConfigurationError(unreachable_kafka(settings, error)) from error
+        raise _refused(settings, error) from error
+    finally:
+        admin.close()
     return created
 
 
@@ -200,3 +222,28 @@ def redis_client(settings: RedisSettings, *, timeout_s: float, retries: int) -> 
         retry=Retry(ExponentialWithJitterBackoff(base=0.01, cap=0.5), retries),
         health_check_interval=0,
     )
+
+
+def require_redis(client: redis.Redis) -> str:
+    """Check at start that Redis answers and does not evict what it holds; return its address.
+
+    Raises:
+        UnreachableError: If it does not answer.
+        ConfigurationError: If it refuses the password, or may evict the policy that is served.
+    """
+    at = "{host}:{port}".format_map({"host": "?", "port": "?"} | client.connection_pool.connection_kwargs)
+    try:
+        client.ping()
+        policy = client.config_get("maxmemory-policy").get("maxmemory-policy", "noeviction")
+    except redis.AuthenticationError as error:
+        raise ConfigurationError(f"Redis at {at} refuses the password ({error}); correct GENCO_REDIS_URL") from None
+    except redis.exceptions.NoPermissionError:
+        return at  # a user with few rights, as it should be; whoever gave them knows the configuration
+    except redis.RedisError as error:
+        raise UnreachableError(f"Redis at {at} does not answer ({error}); start it, or set GENCO_REDIS_URL") from None
+    if policy != "noeviction":
+        raise ConfigurationError(
+            f"Redis at {at} has maxmemory-policy {policy}, which may evict the policy that is served; "
+            "set it to noeviction"
+        )
+    return at

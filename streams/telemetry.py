@@ -18,6 +18,8 @@ from wsgiref.simple_server import WSGIServer
 
 import prometheus_client
 
+from streams.contracts.settings import ConfigurationError
+
 MAX_FIELD: Final = 256
 _PLAIN: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -65,11 +67,16 @@ class MetricsServer:
         """Open the port.
 
         Raises:
-            OSError: If it is taken.
+            ConfigurationError: If it cannot be opened.
         """
         self._server: WSGIServer
         self._thread: threading.Thread
-        self._server, self._thread = prometheus_client.start_http_server(port, host)
+        try:
+            self._server, self._thread = prometheus_client.start_http_server(port, host)
+        except OSError as error:
+            raise ConfigurationError(
+                f"cannot open {host}:{port} for metrics ({error.strerror}); set GENCO_METRICS_PORT (0: none)"
+            ) from None
         self.port = self._server.server_port
 
     def close(self) -> None:

@@ -41,7 +41,7 @@ class KafkaSettings(_Settings):
     kafka_fetch_max_wait_ms: Annotated[int, Field(ge=1, le=10_000)] = 500
     """How long the broker may wait for records before it answers that there are none."""
     kafka_session_timeout_ms: Annotated[int, Field(ge=6_000, le=300_000)] = 30_000
-    """A consumer that is silent this long has died, and its partitions go to others. At least 6 s, Kafka's own limit."""
+    """A consumer that is silent this long has died, and its partitions go to others. At least 6 s: Kafka's limit."""
     kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
     """How the connection is secured."""
     kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None

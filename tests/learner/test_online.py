@@ -141,7 +141,7 @@ def play(world: World, rounds: int, n: int) -> tuple[list[float], list[float], l
 
 def test_closed_loop_click_rate_ends_clearly_above_uniform() -> None:
     served, uniform, snapshots = play(World(), rounds=25, n=800)
-    # True click rates, so chance enters only through what was learned; seeds are fixed. Three worlds gave 2.4-4.0 times.
+    # True click rates, so chance enters only through what was learned; the seeds are fixed.
     assert np.mean(served[-5:]) > 1.5 * np.mean(uniform)
     verify(snapshots[-1].manifest, snapshots[-1].blob, KEY)
     assert all(s.manifest.gate.accepted for s in snapshots)

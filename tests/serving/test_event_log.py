@@ -173,6 +173,11 @@ def test_events_arrive_in_batches_and_are_counted(
     assert log.fault is None
 
 
+def test_routes_are_those_of_this_server(make_event_log: MakeLog) -> None:
+    log = make_event_log(routes=range(40, 44), batch_size=1)
+    assert {log.current_route(1, NOW_MS) for _ in range(8)} == {40, 41, 42, 43}
+
+
 def test_new_elements_are_written_once_and_before_their_impressions(make_event_log: MakeLog, producer: Any) -> None:
     log = make_event_log()
     element = Element(element_id="t9", slot="title", text="new")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ import redis
 from genco.services.mock_broker import MockBroker
 from genco.services.redis_server import RedisServer
 from serving.client import Client
+from serving.main import _listen
 from streams.clients import assign_whole_topic, kafka_consumer
 from streams.contracts.codec import EventDecoder
 from streams.contracts.events import Click, Impression
@@ -123,6 +125,7 @@ def test_server_without_any_service_decides_says_so_and_stops_in_time(tmp_path: 
     with server(environment(tmp_path, **NOWHERE), tmp_path / "log") as (process, url), Client(url) as client:
         assert client.decide([REQUEST])[0]["source"] == "uniform"
         assert readiness(url)["missing"] == ["event_log", "catalog"]
+        wait_until(lambda: "no Kafka broker answers" in readiness(url)["checks"]["event_log"]["detail"])
         started = time.monotonic()
         process.send_signal(signal.SIGTERM)
         assert process.wait(12) == 1  # an event was lost
@@ -130,6 +133,16 @@ def test_server_without_any_service_decides_says_so_and_stops_in_time(tmp_path: 
     log = (tmp_path / "log").read_text()
     assert "events were not delivered before the shutdown" in log
     assert "Traceback" not in log
+    assert "kafka.net" not in log
+
+
+def test_answers_do_not_wait_for_nagle() -> None:
+    """asyncio sets TCP_NODELAY only where the listener names its protocol; else each answer takes 40 ms."""
+    listener = _listen("127.0.0.1", 0)
+    try:
+        assert listener.proto == socket.IPPROTO_TCP
+    finally:
+        listener.close()
 
 
 @pytest.mark.parametrize(
