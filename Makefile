@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_FLAGS ?=
 
-.PHONY: install demo test test-long lint format clean
+.PHONY: install demo test test-containers test-long lint format clean
 
 install: $(STAMP)
 
@@ -24,6 +24,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -m "not long and not docker"
+
+# Needs a Docker engine.
+test-containers: install
+	$(BIN)/python -m pytest -m docker --timeout 600
 
 test-long: install
 	$(BIN)/python -m pytest -m "long" --timeout 3600

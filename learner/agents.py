@@ -30,7 +30,7 @@ def create_learner_app(settings: LearnSettings, worker: Worker) -> faust.App:
     @app.agent(topic, concurrency=1)
     async def learn(stream: Any) -> None:
         async for event in stream.noack().events():
-            while worker.is_full:
+            while worker.is_full:  # noqa: ASYNC110 - a flag of another thread
                 await asyncio.sleep(0.02)
             message = event.message
             worker.inbox.put(InboxRecord(message.partition, message.offset, event.value or b"", event.ack))

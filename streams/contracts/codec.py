@@ -116,7 +116,7 @@ class EventDecoder(Generic[EventT]):
 
     def _fault(self, event: EventT, line: bytes) -> str | None:
         if isinstance(event, Impression):
-            if line.count(b'":') != self._num_keys(event) and (reason := _duplicate_key(line)):
+            if line.count(b":") != self._num_keys(event) and (reason := _duplicate_key(line)):
                 return reason
             return impression_fault(event)
         return _duplicate_key(line)
