@@ -13,7 +13,6 @@ from rich.console import Console
 
 from genco.demo import Watch, loop_options
 from genco.loop import KafkaKind, Loop
-from genco.services import find_kafka_home
 
 RATE = 250.0
 
@@ -48,20 +47,7 @@ def finish(watch: Watch) -> dict[str, Any]:
     return watch.report()
 
 
-@pytest.mark.parametrize(
-    "kafka",
-    [
-        "embedded",
-        pytest.param(
-            "home",
-            marks=[
-                pytest.mark.kafka,
-                pytest.mark.skipif(find_kafka_home() is None, reason="no Kafka at KAFKA_HOME or ../shared/kafka"),
-            ],
-        ),
-    ],
-)
-def test_loop_under_traffic_learns_and_balances(tmp_path: Path, kafka: KafkaKind) -> None:
+def run_and_check(tmp_path: Path, kafka: KafkaKind) -> None:
     with running_demo(tmp_path, kafka) as watch:
         wait_for(watch, lambda: watch.status.get("decisions", 0) >= 6_000, "6,000 decisions")
         report = finish(watch)
@@ -76,6 +62,20 @@ def test_loop_under_traffic_learns_and_balances(tmp_path: Path, kafka: KafkaKind
     # seen here is about .6.
     last = report["ctr_last_20pct"]
     assert report["regret"]["last_20pct"] < 0.9, last
+
+
+def test_loop_on_embedded_broker_learns_and_balances(tmp_path: Path) -> None:
+    run_and_check(tmp_path, "embedded")
+
+
+@pytest.mark.kafka
+def test_loop_on_apache_kafka_learns_and_balances(tmp_path: Path, apache_kafka: KafkaKind) -> None:
+    run_and_check(tmp_path, apache_kafka)
+
+
+@pytest.mark.docker
+def test_loop_on_kafka_container_learns_and_balances(tmp_path: Path, containerized_kafka: KafkaKind) -> None:
+    run_and_check(tmp_path, containerized_kafka)
 
 
 def test_processes_killed_are_restarted_and_nothing_is_lost(tmp_path: Path) -> None:
