@@ -67,6 +67,10 @@ class SeekRequest:
     offset: int
 
 
+class LeaseHeldError(RuntimeError):
+    """Another learner of the same model is running."""
+
+
 class Worker:
     """Runs the learner in a thread. Everything it needs from Kafka comes through `inbox`."""
 
@@ -96,6 +100,8 @@ class Worker:
         self._parent_sha256: str | None = None
         self._due_ms: list[np.ndarray[Any, np.dtype[np.int64]]] = []
         self._fence = Fence()
+        self._is_alone = False
+        self._lease_deadline = 0.0
         self._renewed_at = 0.0
         self._updated_at = 0.0
         self._checkpointed_at = 0.0
@@ -120,6 +126,8 @@ class Worker:
         self._catalog_consumer: KafkaConsumer = kafka_consumer(self._settings)
         assign_whole_topic(self._catalog_consumer, CATALOG)
         self._resume()
+        # The lease of a learner that died runs out by itself.
+        self._lease_deadline = time.monotonic() + 2 * self._settings.lease_ms / 1000
         self._publisher = Publisher(client, self._settings.model_id, self._settings.lease_ms, self._fence)
         self._thread.start()
 
@@ -135,9 +143,8 @@ class Worker:
             self._updated_at = self._checkpointed_at = time.monotonic()
             while not self._stop.is_set():
                 self._receive()
-                self._keep_lease()
-                update = self._next_update()
-                if update is not None:
+                # Two learners of one model would mix their updates: only the holder of the lease goes on.
+                if self._keep_lease() and (update := self._next_update()) is not None:
                     self._apply(*update)
                 if time.monotonic() - self._checkpointed_at >= self._settings.checkpoint_interval_ms / 1000:
                     self._checkpoint()
@@ -279,21 +286,29 @@ class Worker:
 
     # -- publishing ------------------------------------------------------------------------------------------------
 
-    def _keep_lease(self) -> None:
+    def _keep_lease(self) -> bool:
+        """Tell whether this learner is the only one of its model: it holds the lease, or Redis cannot say otherwise.
+
+        Raises:
+            LeaseHeldError: If another learner holds it, for longer than one that died could.
+        """
         if time.monotonic() - self._renewed_at < self._settings.lease_ms / 3000:
-            return
+            return self._is_alone
         self._renewed_at = time.monotonic()
         try:
-            if self._publisher.holds_lease and self._publisher.renew():
-                return
-            if self._publisher.acquire():
-                logger.info("this learner publishes now", extra={"epoch": self._fence.epoch})
-            else:
-                logger.warning("another learner holds the lease; training goes on, nothing is published")
+            if not (self._publisher.holds_lease and self._publisher.renew()):
+                self._is_alone = self._publisher.acquire()
+                if self._is_alone:
+                    logger.info("this learner publishes now", extra={"epoch": self._fence.epoch})
+                elif time.monotonic() > self._lease_deadline:
+                    raise LeaseHeldError(
+                        f"another learner of the model {self._settings.model_id} is running; stop it first, "
+                        "or learn another model with GENCO_MODEL_ID"
+                    )
         except redis.RedisError as error:
             logger.warning("Redis does not answer; training goes on", extra={"error": str(error)})
-        finally:
-            _lease.set(self._publisher.holds_lease)
+        _lease.set(self._publisher.holds_lease)
+        return self._is_alone
 
     def _publish(self) -> None:
         due_ms = np.concatenate(self._due_ms) if self._due_ms else np.empty(0, np.int64)
@@ -373,26 +388,24 @@ class Worker:
             self._read_catalog(state["catalog_until"])
             self._learner.restore(checkpoint.tensors, state["learner"])
         self._backlog = Backlog(self._learned_until)
-        self._planned = self._recorded_updates()
+        recorded, self._updates_until = recorded_updates(self._settings, self._updates_until)
+        self._planned = deque(update for update in recorded if update.number > self._number)
         logger.info(
             "learner starts",
             extra={"update": self._number, "learned_until": self._learned_until, "to_repeat": len(self._planned)},
         )
 
-    def _recorded_updates(self) -> deque[Update]:
-        """Return the updates that were recorded after the checkpoint."""
-        consumer = kafka_consumer(self._settings)
-        try:
-            (place,) = assign_whole_topic(consumer, UPDATES)
-            begin, end = consumer.beginning_offsets([place])[place], consumer.end_offsets([place])[place]
-            consumer.seek(place, max(self._updates_until, begin))
-            found: deque[Update] = deque()
-            while consumer.position(place) < end:
-                for record in consumer.poll(timeout_ms=500).get(place, ()):
-                    update = Update.from_bytes(record.value)
-                    if update.number > self._number:
-                        found.append(update)
-                    self._updates_until = record.offset + 1
-            return found
-        finally:
-            consumer.close()
+
+def recorded_updates(settings: LearnSettings, since: int) -> tuple[list[Update], int]:
+    """Return the updates recorded at this offset of the topic and after it, and the offset that comes next."""
+    consumer = kafka_consumer(settings)
+    try:
+        (place,) = assign_whole_topic(consumer, UPDATES)
+        begin, end = consumer.beginning_offsets([place])[place], consumer.end_offsets([place])[place]
+        consumer.seek(place, max(since, begin))
+        found: list[Update] = []
+        while consumer.position(place) < end:
+            found.extend(Update.from_bytes(record.value) for record in consumer.poll(timeout_ms=500).get(place, ()))
+        return found, max(since, end)
+    finally:
+        consumer.close()

@@ -116,7 +116,7 @@ BAD_PRODUCTS = {
     ],
 )
 def test_bad_record_is_refused_and_changes_nothing(catalog: Catalog, key: bytes, bad: bytes) -> None:
-    with pytest.raises(ValueError, match="catalog record b'(element/t1|product/p1)': "):
+    with pytest.raises(ValueError, match=r"catalog record b'(element/t1|product/p1)': "):
         catalog.apply(key, bad)
     assert (catalog.elements, catalog.products) == ({"t1": ELEMENT}, {"p1": PRODUCT})
 

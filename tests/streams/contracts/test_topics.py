@@ -47,7 +47,7 @@ def test_every_topic_of_events_has_a_decoder() -> None:
 
 
 def test_registry_keys_are_those_of_the_design_and_never_meet() -> None:
-    functions = {n: f for n, f in inspect.getmembers(registry, inspect.isfunction)}
+    functions = dict(inspect.getmembers(registry, inspect.isfunction))
     made = {n: f("m", 3, 42) if len(inspect.signature(f).parameters) == 3 else f("m") for n, f in functions.items()}
     assert made == {
         "blob_key": "blob:m:3:42",
