@@ -22,7 +22,7 @@ from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError
 
 from serving.metrics import ServingMetrics
 from streams.contracts.catalog import Element, catalog_key
-from streams.contracts.codec import encode_batch
+from streams.contracts.codec import encode_batch, split_to_fit
 from streams.contracts.decision_ids import route_of
 from streams.contracts.events import Click, Event, Impression
 from streams.contracts.settings import ConfigurationError
@@ -34,7 +34,6 @@ HIGH_WATER: Final = 0.8
 """Share of the queue from which impressions are dropped."""
 CLICKS_ONLY: Final = 0.95
 """Share of the queue from which no impression is taken."""
-MAX_RECORD_BYTES: Final = 900_000
 """Below the brokers' default limit of 1 MB, even where nothing can be compressed."""
 STALLED_S: Final = 5.0
 """Without an acknowledgement for so long, while events wait, the log counts as disconnected."""
@@ -97,17 +96,9 @@ def records(events: Iterable[Event], num_partitions: int, batch_size: int) -> It
     # Impressions first: a click is then rarely read before its impression.
     for (topic, partition), group in sorted(groups.items(), key=lambda item: item[0][0] != IMPRESSIONS):
         for start in range(0, len(group), batch_size):
-            yield from _fitting(topic, partition, group[start : start + batch_size])
-
-
-def _fitting(topic: str, partition: int, events: list[Event]) -> Iterator[Record]:
-    value = encode_batch(events)
-    if len(value) > MAX_RECORD_BYTES and len(events) > 1:
-        middle = len(events) // 2
-        yield from _fitting(topic, partition, events[:middle])
-        yield from _fitting(topic, partition, events[middle:])
-    else:
-        yield Record(topic, partition, value, max(event.occurred_at_ms for event in events), len(events))
+            for part, value in split_to_fit(group[start : start + batch_size], encode_batch):
+                newest_ms = max(event.occurred_at_ms for event in part)
+                yield Record(topic, partition, value, newest_ms, len(part))
 
 
 class RouteRotation:

@@ -29,6 +29,7 @@ from streams.contracts.topics import CLICKS, IMPRESSIONS
 
 JoinTopic = Literal["impressions", "clicks"]
 JOIN_TOPICS: Final[tuple[JoinTopic, JoinTopic]] = (IMPRESSIONS, CLICKS)
+AFTER_END_MS: Final = END_OF_LOG_MS + 1
 IMPRESSION_BUCKETS: Final = ("joined", "expired", "pending", "duplicate", "dead_letter")
 CLICK_BUCKETS: Final = ("joined", "pending", "late", "duplicate", "orphan", "dead_letter")
 
@@ -154,6 +155,17 @@ class EventClock:
         self.watermark_ms = None
 
 
+class _HeldRecord:
+    """A record that is not handed back yet."""
+
+    __slots__ = ("offset", "release_ms")
+
+    def __init__(self, offset: int) -> None:
+        self.offset = offset
+        self.release_ms = -1
+        """When the watermark is beyond this, all decisions of the record have left the window."""
+
+
 class _Open:
     """An impression inside its attribution window."""
 
@@ -178,7 +190,7 @@ class PartitionJoiner:
         self._max_skew_ms = settings.max_future_skew_ms
         self._clock = EventClock(settings.idle_timeout_ms)
         self._open: dict[str, _Open] = {}
-        self._waiting: dict[str, Click] = {}
+        self._waiting: dict[str, list[tuple[Click, _HeldRecord]]] = {}
         self._sequence = 0
         self._to_emit: list[tuple[int, int, str]] = []
         self._to_close: list[tuple[int, int, str]] = []
@@ -187,8 +199,8 @@ class PartitionJoiner:
         self._dead_letters: list[DeadLetter] = []
         self._number = 0
         self._acknowledged = 0
-        # (offset, time at which all its decisions have left the window), in the order of offsets
-        self._records: dict[JoinTopic, deque[tuple[int, int]]] = {topic: deque() for topic in JOIN_TOPICS}
+        # In the order of offsets.
+        self._records: dict[JoinTopic, deque[_HeldRecord]] = {topic: deque() for topic in JOIN_TOPICS}
         # (offset, output that must be acknowledged first)
         self._done: dict[JoinTopic, deque[tuple[int, int]]] = {topic: deque() for topic in JOIN_TOPICS}
         self._ended: set[JoinTopic] = set()
@@ -203,7 +215,7 @@ class PartitionJoiner:
     @property
     def num_open(self) -> int:
         """Number of impressions and waiting clicks in memory."""
-        return len(self._open) + len(self._waiting)
+        return len(self._open) + self._num_waiting
 
     def ledger(self) -> Ledger:
         """Return where every event went, `pending` counted from the state itself."""
@@ -211,10 +223,14 @@ class PartitionJoiner:
         held = Counter(record.topic for record, _ in self._held for _ in (*record.batch.events, *record.batch.bad))
         return Ledger(
             self._ledger.impressions + Counter(pending=pending + held[IMPRESSIONS]),
-            self._ledger.clicks + Counter(pending=len(self._waiting) + held[CLICKS]),
+            self._ledger.clicks + Counter(pending=self._num_waiting + held[CLICKS]),
             self._ledger.consumed_impressions + held[IMPRESSIONS],
             self._ledger.consumed_clicks + held[CLICKS],
         )
+
+    @property
+    def _num_waiting(self) -> int:
+        return sum(len(clicks) for clicks in self._waiting.values())
 
     def add(self, record: Record, now_ms: int) -> None:
         """Take the next record of a topic.
@@ -227,8 +243,9 @@ class PartitionJoiner:
             # The other topic's end-of-log mark is still to come: what follows belongs to the next log.
             self._held.append((record, now_ms))
             return
-        release_ms = self._apply(record, now_ms)
-        self._records[record.topic].append((record.offset, release_ms))
+        held = _HeldRecord(record.offset)
+        self._records[record.topic].append(held)
+        self._apply(record, held, now_ms)
         if record.mark_ms is not None and record.mark_ms >= END_OF_LOG_MS:
             self._end(record.topic)
 
@@ -265,12 +282,10 @@ class PartitionJoiner:
                 finished.append((topic, done.popleft()[0]))
         return finished
 
-    def _apply(self, record: Record, now_ms: int) -> int:
-        """Take the events of a record; return when all its decisions have left the window."""
-        release_ms = 0
+    def _apply(self, record: Record, held: _HeldRecord, now_ms: int) -> None:
         if record.mark_ms is not None:
             self._clock.observe(record.topic, min(record.mark_ms, END_OF_LOG_MS), now_ms)
-            return release_ms
+            return
         is_impression = record.topic == IMPRESSIONS
         num_bad = len(record.batch.bad)
         for bad in record.batch.bad:
@@ -288,7 +303,7 @@ class PartitionJoiner:
             if isinstance(event, Impression):
                 self._impression(event)
             else:
-                self._click(event)
+                self._click(event, held)
         num_events = len(record.batch.events) + len(record.batch.bad)
         if is_impression:
             self._ledger.consumed_impressions += num_events
@@ -298,8 +313,7 @@ class PartitionJoiner:
             self._ledger.clicks["dead_letter"] += num_bad
         if newest_ms >= 0:
             self._clock.observe(record.topic, newest_ms, now_ms)
-            release_ms = newest_ms + self._window_ms
-        return release_ms
+            held.release_ms = max(held.release_ms, newest_ms + self._window_ms)
 
     def _impression(self, impression: Impression) -> None:
         decision_id = impression.decision_id
@@ -311,29 +325,27 @@ class PartitionJoiner:
         time_ms = impression.occurred_at_ms
         heapq.heappush(self._to_emit, (time_ms + self._wait_ms, self._sequence, decision_id))
         heapq.heappush(self._to_close, (time_ms + self._window_ms, self._sequence, decision_id))
-        click = self._waiting.pop(decision_id, None)
-        if click is not None:
+        for click, held in self._waiting.pop(decision_id, ()):
+            # It is needed as long as the impression is open, which may be longer than a window after the click.
+            held.release_ms = max(held.release_ms, time_ms + self._window_ms)
             self._match(opened, click)
 
-    def _click(self, click: Click) -> None:
+    def _click(self, click: Click, held: _HeldRecord) -> None:
         decision_id = click.decision_id
         opened = self._open.get(decision_id)
         if opened is not None:
+            held.release_ms = max(held.release_ms, opened.impression.occurred_at_ms + self._window_ms)
             self._match(opened, click)
-        elif decision_id in self._waiting:
-            self._ledger.clicks["duplicate"] += 1
-        elif self._is_late(click):
-            self._ledger.clicks["late"] += 1
-        else:
-            self._waiting[decision_id] = click
-            self._sequence += 1
-            heapq.heappush(self._clicks_to_close, (click.occurred_at_ms + self._window_ms, self._sequence, decision_id))
+            return
+        self._waiting.setdefault(decision_id, []).append((click, held))
+        self._sequence += 1
+        heapq.heappush(self._clicks_to_close, (click.occurred_at_ms + self._window_ms, self._sequence, decision_id))
 
     def _match(self, opened: _Open, click: Click) -> None:
-        if opened.click is not None:
-            self._ledger.clicks["duplicate"] += 1
-        elif click.occurred_at_ms - opened.impression.occurred_at_ms > self._window_ms:
+        if click.occurred_at_ms - opened.impression.occurred_at_ms > self._window_ms:
             self._ledger.clicks["late"] += 1
+        elif opened.click is not None:
+            self._ledger.clicks["duplicate"] += 1
         else:
             self._ledger.clicks["joined"] += 1
             opened.click = click
@@ -342,14 +354,19 @@ class PartitionJoiner:
                 self._ledger.impressions["joined"] += 1
                 self._examples.append(LabeledImpression(opened.impression, LabelKind.LATE_POSITIVE, click))
 
-    def _is_late(self, click: Click) -> bool:
-        """Tell a click whose impression has left from one whose impression is still to come: its id says when."""
+    def _give_up(self, decision_id: str, watermark_ms: int) -> None:
+        """Count clicks that have waited a window for their impression: it has left, or there was none."""
+        waiting = self._waiting.pop(decision_id, [])
         try:
-            decided_ms = issued_at_ms(click.decision_id)
+            decided_ms: int | None = issued_at_ms(decision_id)
         except InvalidDecisionIdError:
-            return False
-        closes_ms = decided_ms + self._window_ms
-        return click.occurred_at_ms > closes_ms or (self.watermark_ms is not None and self.watermark_ms >= closes_ms)
+            decided_ms = None
+        for click, held in waiting:
+            if click.occurred_at_ms + self._window_ms >= watermark_ms:
+                self._waiting.setdefault(decision_id, []).append((click, held))
+                continue
+            is_late = decided_ms is not None and click.occurred_at_ms - decided_ms > self._window_ms
+            self._ledger.clicks["late" if is_late else "orphan"] += 1
 
     def _settle(self, watermark_ms: int) -> None:
         while self._to_emit and self._to_emit[0][0] <= watermark_ms:
@@ -359,27 +376,28 @@ class PartitionJoiner:
             kind = LabelKind.FINAL if certain else LabelKind.PROVISIONAL
             self._ledger.impressions["joined" if opened.click is not None else "expired"] += 1
             self._examples.append(LabeledImpression(opened.impression, kind, opened.click))
-        while self._to_close and self._to_close[0][0] <= watermark_ms:
+        # The watermark itself may still be the time of an event to come, so what lasts until then is not over yet.
+        while self._to_close and self._to_close[0][0] < watermark_ms:
             del self._open[heapq.heappop(self._to_close)[2]]
-        while self._clicks_to_close and self._clicks_to_close[0][0] <= watermark_ms:
-            decision_id = heapq.heappop(self._clicks_to_close)[2]
-            if self._waiting.pop(decision_id, None) is not None:
-                self._ledger.clicks["orphan"] += 1
+        while self._clicks_to_close and self._clicks_to_close[0][0] < watermark_ms:
+            self._give_up(heapq.heappop(self._clicks_to_close)[2], watermark_ms)
 
     def _finish(self, watermark_ms: int) -> None:
         # Everything decided so far leaves with the output of this number. So this must follow `_settle` at the same
         # watermark, or a record would count as finished before its examples are made.
         last = self._number + (1 if self._examples or self._dead_letters else 0)
         for topic, records in self._records.items():
-            while records and records[0][1] <= watermark_ms:
-                self._done[topic].append((records.popleft()[0], last))
+            while records and records[0].release_ms < watermark_ms:
+                self._done[topic].append((records.popleft().offset, last))
 
     def _end(self, topic: JoinTopic) -> None:
         self._ended.add(topic)
         if len(self._ended) < len(JOIN_TOPICS):
+            # Whoever owns the partition after a crash must find this mark again, or it would join the next log to it.
+            self._records[topic][-1].release_ms = AFTER_END_MS
             return
-        self._settle(END_OF_LOG_MS)
-        self._finish(END_OF_LOG_MS)
+        self._settle(AFTER_END_MS)
+        self._finish(AFTER_END_MS + 1)
         self._ended.clear()
         self._clock.reset()
         held, self._held = self._held, []

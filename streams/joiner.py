@@ -29,7 +29,7 @@ from streams.attribution import (
     Record,
 )
 from streams.clients import COMPRESSION, check_topics
-from streams.contracts.codec import EventDecoder, encode_context, mark_of
+from streams.contracts.codec import EventDecoder, encode_context, mark_of, split_to_fit
 from streams.contracts.events import Click, Impression
 from streams.contracts.examples import encode_examples
 from streams.contracts.settings import JoinSettings
@@ -146,8 +146,8 @@ class Joiner:
             raise RuntimeError("the joiner writes before it was started")
         sent = []
         for chunk in _chunks(examples, EXAMPLES_PER_RECORD):
-            value = encode_examples(example_columns(chunk))
-            sent.append(await self._producer.send(EXAMPLES, value, partition=partition))
+            for _, value in split_to_fit(chunk, _encode):
+                sent.append(await self._producer.send(EXAMPLES, value, partition=partition))
         for letter in dead_letters:
             headers = [
                 ("reason", letter.bad.reason.encode()[:1024]),
@@ -193,6 +193,10 @@ def example_columns(examples: Sequence[LabeledImpression]) -> dict[str, list[Any
     columns["label_kind"] = [example.kind.value for example in examples]
     columns["delay_ms"] = [example.delay_ms for example in examples]
     return columns
+
+
+def _encode(examples: Sequence[LabeledImpression]) -> bytes:
+    return encode_examples(example_columns(examples))
 
 
 def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 from kafka import KafkaProducer
@@ -26,6 +26,7 @@ from streams.contracts.codec import (
     EventDecoder,
     encode_batch,
     encode_mark,
+    split_to_fit,
 )
 from streams.contracts.decision_ids import InvalidDecisionIdError, route_of
 from streams.contracts.events import Click, Impression
@@ -145,13 +146,15 @@ class _Sender:
         self._partitions = partitions
         self._summary = summary
         self._waiting: dict[tuple[str, int], list[Impression | Click]] = {}
+        self._deliveries: list[Any] = []
         self._newest_ms = 0
         self.num_waiting = 0
 
     def add(self, record: Element | Product | Impression | Click) -> None:
         if isinstance(record, Element | Product):
             value = record.model_dump_json().encode()
-            self._producer.send(CATALOG, key=catalog_key(record), value=value, partition=0)
+            key = catalog_key(record)
+            self._deliveries.append(self._producer.send(CATALOG, key=key, value=value, partition=0))
             self._summary.catalog += 1
             return
         try:
@@ -171,14 +174,11 @@ class _Sender:
 
     def flush(self) -> None:
         """Send what waits, and let every partition know how far the log has come."""
-        deliveries = []
         for (topic, partition), events in self._waiting.items():
             for start in range(0, len(events), BATCH):
-                value = encode_batch(events[start : start + BATCH])
-                deliveries.append(self._producer.send(topic, value=value, partition=partition))
-        self._producer.flush()
-        for delivery in deliveries:
-            delivery.get(timeout=60)
+                for _, value in split_to_fit(events[start : start + BATCH], encode_batch):
+                    self._deliveries.append(self._producer.send(topic, value=value, partition=partition))
+        self._deliver()
         if self.num_waiting:
             self.mark(self._newest_ms)
         self._waiting.clear()
@@ -186,14 +186,19 @@ class _Sender:
 
     def mark(self, complete_until_ms: int) -> None:
         value, headers = encode_mark(complete_until_ms)
-        deliveries = [
-            self._producer.send(topic, value=value, headers=list(headers), partition=p)
-            for topic in (IMPRESSIONS, CLICKS)
-            for p in range(self._partitions)
-        ]
+        for topic in (IMPRESSIONS, CLICKS):
+            for partition in range(self._partitions):
+                self._deliveries.append(
+                    self._producer.send(topic, value=value, headers=list(headers), partition=partition)
+                )
+        self._deliver()
+
+    def _deliver(self) -> None:
+        """Wait until the broker has everything; raise what it refused."""
         self._producer.flush()
-        for delivery in deliveries:
+        for delivery in self._deliveries:
             delivery.get(timeout=60)
+        self._deliveries.clear()
 
 
 def _stable_hash(text: str) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import threading
 import time
@@ -42,6 +43,8 @@ class JsonFormatter(logging.Formatter):
 
 
 def _short(value: Any, limit: int = MAX_FIELD) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no NaN and no infinity
     if isinstance(value, int | float | bool | None):
         return value
     if isinstance(value, Mapping):

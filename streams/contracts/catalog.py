@@ -73,14 +73,17 @@ class Catalog:
             (self.elements if kind == "element" else self.products).pop(name, None)
             return
         try:
-            if kind == "element":
-                self.elements[name] = Element.model_validate_json(value)
-            else:
-                self.products[name] = Product.model_validate_json(value)
+            record = Element.model_validate_json(value) if kind == "element" else Product.model_validate_json(value)
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"])
             raise ValueError(f"catalog record {key!r}: {field}: {first['msg']}") from None
+        if catalog_key(record) != key:
+            raise ValueError(f"catalog record {key!r} holds {catalog_key(record)!r}; key and id must be the same")
+        if isinstance(record, Element):
+            self.elements[name] = record
+        else:
+            self.products[name] = record
 
 
 def catalog_key(record: Element | Product) -> bytes:

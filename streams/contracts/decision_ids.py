@@ -59,7 +59,7 @@ def issued_at_ms(decision_id: str) -> int:
         InvalidDecisionIdError: If the id is malformed.
     """
     parts = decision_id.split(".")
-    if len(parts) == 3 and len(parts[1]) == 20:
+    if decision_id.isascii() and len(parts) == 3 and len(parts[1]) == 20:
         try:
             return int(parts[1][:12], 16)
         except ValueError:

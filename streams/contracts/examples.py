@@ -161,10 +161,17 @@ def decode_examples(value: bytes) -> ExampleBatch:
     try:
         with pa.ipc.open_stream(value) as reader:
             metadata = reader.schema.metadata or {}
-            table = reader.read_all()
+            batches = list(reader)
         version = int(metadata.get(b"genco.schema_version", b"0"))
         if version != SCHEMA_VERSION:
             raise ValueError(f"examples of schema version {version}; this program reads version {SCHEMA_VERSION}")
+        if not batches:
+            raise ValueError("examples end after their schema; the record was cut")
+        table = pa.Table.from_batches(batches)
+        table.validate(full=True)  # damaged offsets would be read beyond their buffers
+        empty = [f.name for f in EXAMPLE_SCHEMA if not f.nullable and table.column(f.name).null_count]
+        if empty:
+            raise ValueError(f"examples have no value somewhere in {', '.join(empty)}")
         columns = {f.name: table.column(f.name).cast(f.type).to_pylist() for f in EXAMPLE_SCHEMA}
         contexts = [msgspec.json.decode(text, type=dict[str, ContextValue]) for text in columns["context"]]
     except KeyError as missing:

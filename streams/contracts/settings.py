@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX: Final = "GENCO_"
@@ -74,6 +75,13 @@ class RedisSettings(_Settings):
     """redis://[user:password@]host:port/db, rediss:// for TLS. A secret, as it may hold a password."""
     model_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = "default"
     """Which model is learned and served; one registry can hold several."""
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis_url(cls, value: SecretStr) -> SecretStr:
+        if not re.match(r"(rediss?://[^/\s]|unix://)", value.get_secret_value()):
+            raise ValueError("expected redis://[user:password@]host:port/db, or rediss:// for TLS")
+        return value
 
 
 class SigningSettings(_Settings):
@@ -220,15 +228,16 @@ def load(settings: type[SettingsT], **overrides: Any) -> SettingsT:
     """
     faults = list(_unknown_variables())
     values: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
-    for name, info in settings.model_fields.items():
+    if unknown := values.keys() - settings.model_fields.keys():
+        raise TypeError(f"{settings.__name__} has no fields {sorted(unknown)}")
+    for name in settings.model_fields:
         path = os.environ.get(f"{PREFIX}{name.upper()}_FILE")
-        if path and "SecretStr" in str(info.annotation) and name not in values:
+        if path and _is_secret(settings, name) and name not in values:
             try:
                 values[name] = Path(path).read_text("utf-8").strip()
-            except OSError as error:
-                faults.append(
-                    f"{PREFIX}{name.upper()}_FILE: cannot read {path} ({error.strerror}); mount the secret there"
-                )
+            except (OSError, UnicodeDecodeError) as error:
+                cause = error.strerror if isinstance(error, OSError) else "it is not text"
+                faults.append(f"{PREFIX}{name.upper()}_FILE: cannot read {path} ({cause}); put the secret there")
     try:
         loaded = settings(**values)
     except ValidationError as error:
@@ -243,9 +252,18 @@ def load(settings: type[SettingsT], **overrides: Any) -> SettingsT:
     return loaded
 
 
+def _is_secret(settings: type[_Settings], name: str) -> bool:
+    return "SecretStr" in str(settings.model_fields[name].annotation)
+
+
 def _unknown_variables() -> Iterator[str]:
-    known = set(variable_names())
-    known |= {f"{name}_FILE" for name in known} | _NOT_SETTINGS
+    known = set(variable_names()) | _NOT_SETTINGS
+    known |= {
+        f"{PREFIX}{name.upper()}_FILE"
+        for settings in ALL
+        for name in settings.model_fields
+        if _is_secret(settings, name)
+    }
     for name in sorted(os.environ):
         if name.startswith(PREFIX) and name not in known:
             near = difflib.get_close_matches(name, known, 1)

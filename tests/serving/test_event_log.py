@@ -12,7 +12,6 @@ import pytest
 from kafka.errors import KafkaConnectionError, KafkaTimeoutError, MessageSizeTooLargeError, UnknownProducerIdError
 
 from serving.event_log import (
-    MAX_RECORD_BYTES,
     EventLog,
     RouteRotation,
     records,
@@ -20,7 +19,7 @@ from serving.event_log import (
 )
 from serving.metrics import ServingMetrics, totals
 from streams.contracts.catalog import Element
-from streams.contracts.codec import EventDecoder
+from streams.contracts.codec import MAX_RECORD_BYTES, EventDecoder
 from streams.contracts.decision_ids import make_decision_id
 from streams.contracts.events import Click, Impression
 

@@ -204,7 +204,10 @@ def test_click_whose_impression_has_left_is_late() -> None:
     bench.mark_and_pump(1000 + WINDOW + 1)
     bench.click(clicked(id_, 1000 + WINDOW - 1))
     assert bench.pump() == []
-    assert bench.buckets() == ({"expired": 1}, {"late": 1})
+    assert bench.buckets() == ({"expired": 1}, {"pending": 1})  # for all we know its impression is still to come
+    bench.mark_and_pump(1000 + 3 * WINDOW)
+    assert bench.buckets()[1] in ({"late": 1}, {"orphan": 1})
+    assert len(bench.emitted) == 1
 
 
 def test_click_before_its_impression_waits_for_it() -> None:
@@ -250,7 +253,7 @@ def test_duplicate_impression_is_dropped() -> None:
 def test_duplicate_click_is_dropped_before_and_after_its_impression() -> None:
     bench = Bench()
     bench.click(clicked("a", 1100, reward=7), clicked("a", 1100))
-    assert bench.buckets()[1] == {"pending": 1, "duplicate": 1}
+    assert bench.pump() == []
     bench.show(shown("a", 1000))
     bench.click(clicked("a", 1200))
     assert bench.mark_and_pump(1000 + WAIT) == [("a", FINAL, 1)]
@@ -591,8 +594,10 @@ def test_older_acknowledgement_takes_nothing_back() -> None:
 
 # -- a slow model that is obviously right ------------------------------------------------------------------------------
 
-JITTER = 1_000
-"""Events stand in their topics at most so far out of order."""
+JITTERS = (1, 2, 1_000)
+"""Events stand in their topics less than so many milliseconds out of order: with 1 in order, ties apart."""
+SKEW = 300
+"""A browser's clock may be that far behind the server's."""
 ACTIONS = ("read", "read", "read", "advance", "take", "acknowledge", "finish", "commit")
 
 
@@ -622,7 +627,7 @@ class Topics:
     bad: set[tuple[str, int, bytes]] = field(default_factory=set)
 
 
-def random_events(rng: random.Random, name: str) -> list[Impression | Click]:
+def random_events(rng: random.Random, name: str, jitter: int) -> list[Impression | Click]:
     """Decisions with their clicks: in time, too late, none, several, without an impression."""
     events: list[Impression | Click] = []
     for number in range(rng.randint(1, 12)):
@@ -632,8 +637,8 @@ def random_events(rng: random.Random, name: str) -> list[Impression | Click]:
         if rng.random() < 0.9:
             events.append(shown(decision_id, time_ms))
         for _ in range(rng.choice([0, 0, 1, 1, 2])):
-            # In time by more than the disorder of the topic, or clearly late.
-            delay = rng.choice([rng.randrange(WINDOW - 2 * JITTER), WINDOW + 1 + rng.randrange(WINDOW)])
+            latest = WINDOW + 1 - jitter  # later, and the disorder of the topic may let the watermark pass first
+            delay = rng.choice([rng.randint(-SKEW, latest), latest, WINDOW + 1, WINDOW + 1 + rng.randrange(WINDOW)])
             events.append(clicked(decision_id, time_ms + delay, reward=rng.randint(0, 5)))
     return events
 
@@ -641,12 +646,13 @@ def random_events(rng: random.Random, name: str) -> list[Impression | Click]:
 def random_topics(rng: random.Random, num_logs: int) -> Topics:
     topics = Topics()
     for number in range(num_logs):
-        events = random_events(rng, f"log{number}")
+        jitter = rng.choice(JITTERS)
+        events = random_events(rng, f"log{number}", jitter)
         topics.good += events
         for topic in JOIN_TOPICS:
             kind = Impression if topic == IMPRESSIONS else Click
             own = [event for event in events if isinstance(event, kind)]
-            order = sorted(own, key=lambda event: event.occurred_at_ms + rng.randrange(JITTER))
+            order = sorted(own, key=lambda event: event.occurred_at_ms + rng.randrange(jitter))
             _write(rng, topics, topic, list(order))
     return topics
 
@@ -717,8 +723,8 @@ class Schedule:
             case "finish":
                 self.finish()
             case "commit":
-                for topic in JOIN_TOPICS:
-                    self.committed[topic] = self.rng.randint(self.committed[topic], self.finished[topic])
+                # Both topics in one request; what is finished later is read again after a crash.
+                self.committed = self.finished.copy()
             case "crash":
                 self.crash()
 
@@ -766,8 +772,6 @@ class Schedule:
 
     def crash(self) -> None:
         """Another joiner goes on from the committed offsets. What was in flight is at the broker, or it is not."""
-        if self.loses_half_of_an_end():
-            return
         for output in self.in_flight:
             if self.rng.random() < 0.5:
                 self.write(output)
@@ -776,14 +780,6 @@ class Schedule:
         self.finished = self.committed.copy()
         self.position = self.committed.copy()
         self.num_crashes += 1
-
-    def loses_half_of_an_end(self) -> bool:
-        """Whether an end-of-log mark is committed in one topic alone: see the xfail below."""
-        ends = [
-            sum((r.mark_ms or 0) >= END_OF_LOG_MS for r in self.topics.records[topic][: self.committed[topic]])
-            for topic in JOIN_TOPICS
-        ]
-        return ends[0] != ends[1]
 
     def drain(self) -> None:
         for topic in self.rng.sample(JOIN_TOPICS, 2):
@@ -846,7 +842,7 @@ def check_without_crash(seed: int) -> None:
 
 def check_with_crashes(seed: int) -> int:
     rng = random.Random(seed)
-    topics = random_topics(rng, num_logs=1)
+    topics = random_topics(rng, num_logs=rng.randint(1, 3))
     schedule = Schedule(rng, topics, wait_ms=rng.choice([0, 1, WAIT, WINDOW - 1, WINDOW]))
     for _ in range(rng.randint(1, 5)):
         for _ in range(rng.randint(0, 50)):
@@ -860,13 +856,13 @@ def check_with_crashes(seed: int) -> int:
 seeds = st.integers(0, 2**63)
 
 
-@hypothesis_settings(max_examples=250, deadline=None)
+@hypothesis_settings(max_examples=500, deadline=None)
 @given(seeds)
 def test_any_interleaving_gives_the_labels_of_the_model(seed: int) -> None:
     check_without_crash(seed)
 
 
-@hypothesis_settings(max_examples=250, deadline=None)
+@hypothesis_settings(max_examples=500, deadline=None)
 @given(seeds)
 def test_any_crash_leaves_the_labels_of_the_model(seed: int) -> None:
     check_with_crashes(seed)
@@ -881,12 +877,9 @@ def test_thousands_of_schedules_give_the_labels_of_the_model() -> None:
     assert num_crashes > 5_000
 
 
-# -- known gaps --------------------------------------------------------------------------------------------------------
+# -- corners --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(
-    strict=True, reason="an impression closes when the watermark reaches the end of its window, not after"
-)
 def test_click_of_the_last_millisecond_counts_in_the_second_record_of_that_millisecond() -> None:
     bench = Bench()
     bench.show(shown("a", 1000), shown("b", 1000 + WINDOW))
@@ -896,7 +889,6 @@ def test_click_of_the_last_millisecond_counts_in_the_second_record_of_that_milli
     assert bench.pump() == [("a", LATE, 1)]
 
 
-@pytest.mark.xfail(strict=True, reason="an end-of-log mark is handed back before the other topic has had its own")
 @pytest.mark.parametrize("first", JOIN_TOPICS)
 def test_crash_between_the_two_ends_of_a_log_does_not_join_the_next_log_wrongly(first: JoinTopic) -> None:
     second = CLICKS if first == IMPRESSIONS else IMPRESSIONS
@@ -916,9 +908,6 @@ def test_crash_between_the_two_ends_of_a_log_does_not_join_the_next_log_wrongly(
     assert [(e.impression.decision_id, e.click is not None) for e in after.emitted] == [("a", True)]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a click's record is handed back a window after the click, not after its impression"
-)
 def test_click_a_little_before_its_impression_survives_a_crash_before_the_label() -> None:
     before = Bench(label_wait_ms=WINDOW)
     before.click(clicked("a", 1000))
@@ -933,7 +922,6 @@ def test_click_a_little_before_its_impression_survives_a_crash_before_the_label(
     assert [e.click is not None for e in after.emitted] == [True]
 
 
-@pytest.mark.xfail(strict=True, reason="_is_late counts from the decision in the id, _match from the impression")
 def test_order_of_reading_does_not_change_the_label_of_a_card_shown_long_after_its_decision() -> None:
     id_ = make_decision_id(1, 1000, 1, KEY)
     impression, click = shown(id_, 1000 + WINDOW // 2), clicked(id_, 1000 + WINDOW + 1)
@@ -949,7 +937,6 @@ def test_order_of_reading_does_not_change_the_label_of_a_card_shown_long_after_i
     assert labels == [[1], [1]]
 
 
-@pytest.mark.xfail(strict=True, reason="one click waits for each id: a late one in its place drops the one in time")
 def test_late_click_that_waits_does_not_drop_a_click_in_time() -> None:
     bench = Bench()
     bench.click(clicked("a", 1000 + WINDOW + 1), clicked("a", 1100))

@@ -241,18 +241,16 @@ def test_cut_record_never_gives_other_examples() -> None:
         assert same(batch, whole), f"cut to {length} of {len(value)} bytes"
 
 
-@pytest.mark.xfail(strict=True, reason="a stream cut right after its schema reads as a record of no examples")
 def test_record_cut_after_its_schema_is_refused() -> None:
     schema_alone = len(EXAMPLE_SCHEMA.serialize())
-    with pytest.raises(ValueError, match="not a record of examples"):
+    with pytest.raises(ValueError, match="examples"):
         decode_examples(encode_examples(columns())[:schema_alone])
 
 
-@pytest.mark.xfail(strict=True, reason="nulls leave decode_examples as TypeError or come in as None, NaN, False")
 @pytest.mark.parametrize("name", [f.name for f in EXAMPLE_SCHEMA if not f.nullable])
 def test_null_in_a_required_column_is_refused(name: str) -> None:
     value = rewritten(**{name: pa.nulls(3, EXAMPLE_SCHEMA.field(name).type)})
-    with pytest.raises(ValueError, match="not a record of examples"):
+    with pytest.raises(ValueError, match=f"(?s)examples.*{name}"):
         decode_examples(value)
 
 
@@ -272,7 +270,6 @@ for _ in range(1500):
 """
 
 
-@pytest.mark.xfail(strict=True, reason="Arrow reads beyond its buffers: decode_examples does not call Table.validate")
 def test_flipped_bytes_do_not_end_the_process() -> None:
     done = subprocess.run(  # in a process of its own: it dies of a segmentation fault
         [sys.executable, "-W", "ignore", "-c", FUZZ],
