@@ -908,11 +908,16 @@ def test_crash_between_the_two_ends_of_a_log_does_not_join_the_next_log_wrongly(
     assert [(e.impression.decision_id, e.click is not None) for e in after.emitted] == [("a", True)]
 
 
-def test_click_a_little_before_its_impression_survives_a_crash_before_the_label() -> None:
+@pytest.mark.parametrize("click_is_read_first", [True, False])
+def test_click_a_little_before_its_impression_survives_a_crash_before_the_label(click_is_read_first: bool) -> None:
     before = Bench(label_wait_ms=WINDOW)
-    before.click(clicked("a", 1000))
-    before.show(shown("a", 1500))  # the clocks of browser and server differ
-    before.mark_and_pump(1000 + WINDOW)
+    if click_is_read_first:
+        before.click(clicked("a", 1000))
+        before.show(shown("a", 1500))  # the clocks of browser and server differ
+    else:
+        before.show(shown("a", 1500))
+        before.click(clicked("a", 1000))
+    before.mark_and_pump(1000 + WINDOW + 100)
     assert before.emitted == []
     after = Bench(label_wait_ms=WINDOW)
     if (CLICKS, 0) not in before.finished:
@@ -920,6 +925,16 @@ def test_click_a_little_before_its_impression_survives_a_crash_before_the_label(
     after.show(shown("a", 1500))
     after.mark_and_pump(END_OF_LOG_MS)
     assert [e.click is not None for e in after.emitted] == [True]
+
+
+def test_each_waiting_click_of_a_decision_waits_its_own_window() -> None:
+    bench = Bench()
+    bench.click(clicked("a", 1000), clicked("a", 5000))
+    bench.mark_and_pump(1000 + WINDOW + 1)
+    assert bench.buckets() == ({}, {"orphan": 1, "pending": 1})
+    bench.show(shown("a", 4900))
+    assert bench.pump() == [("a", FINAL, 1)]
+    assert bench.buckets() == ({"joined": 1}, {"orphan": 1, "joined": 1})
 
 
 def test_order_of_reading_does_not_change_the_label_of_a_card_shown_long_after_its_decision() -> None:

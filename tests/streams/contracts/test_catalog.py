@@ -143,7 +143,6 @@ def test_records_are_frozen() -> None:
         ELEMENT.slot = "image"  # type: ignore[misc]
 
 
-@pytest.mark.xfail(strict=True, reason="apply trusts the key: the record is filed under a name that is not its own")
 def test_record_under_a_key_that_is_not_its_own_is_refused() -> None:
     catalog = Catalog()
     with pytest.raises(ValueError, match="t2"):

@@ -281,7 +281,6 @@ def test_file_of_a_setting_that_is_no_secret_is_not_ignored(environment: pytest.
     assert "GENCO_PARTITIONS_FILE" in fault()
 
 
-@pytest.mark.xfail(strict=True, raises=UnicodeDecodeError, reason="only OSError is caught around read_text")
 def test_secret_file_that_is_no_text_is_named(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "key"
     path.write_bytes(b"\xff" * 40)
