@@ -8,6 +8,7 @@ swapped snapshot was trained through, example by example.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,8 +46,9 @@ class _Waiting:
 class Audit:
     """Feed it every record of the audited topics, in any interleaving."""
 
-    def __init__(self, attribution_window_ms: int, label_wait_ms: int) -> None:
+    def __init__(self, attribution_window_ms: int, label_wait_ms: int, max_future_skew_ms: int = 60_000) -> None:
         self._window_ms = attribution_window_ms
+        self._max_skew_ms = max_future_skew_ms
         self._wait_ms = label_wait_ms
         self._decisions: dict[str, _Decision] = {}
         self._impressions = EventDecoder(Impression)
@@ -56,39 +58,56 @@ class Audit:
         """Decisions with a label."""
         self._bad: Counter[str] = Counter()
         self._duplicate_impressions = 0
-        self._dead_letters = 0
+        self._dead_letters: set[tuple[Any, ...]] = set()
         self.label_kinds: Counter[str] = Counter()
         self._waiting: dict[int, deque[_Waiting]] = {}
         self.freshness_s: list[NDArray[np.float64]] = []
 
-    def feed(self, topic: str, partition: int, offset: int, value: bytes | None, headers: Sequence[Any] = ()) -> None:
-        """Take one record."""
+    def feed(
+        self,
+        topic: str,
+        partition: int,
+        offset: int,
+        value: bytes | None,
+        headers: Sequence[Any] = (),
+        timestamp_ms: int | None = None,
+    ) -> None:
+        """Take one record; `timestamp_ms` is its own time, against which clocks that are ahead are judged."""
         if topic == DEAD_LETTERS:
-            self._dead_letters += 1
+            # One that a crash made the joiner write again has the same origin and content.
+            origin = tuple(sorted((name, bytes(v or b"")) for name, v in headers)) or (partition, offset)
+            self._dead_letters.add((origin, value))
         elif topic == EXAMPLES:
             self._feed_examples(partition, offset, value or b"")
         elif mark_of(headers) is None:
+            latest_ms = math.inf if timestamp_ms is None else timestamp_ms + self._max_skew_ms
             if topic == IMPRESSIONS:
-                self._feed_impressions(value or b"")
+                self._feed_impressions(value or b"", latest_ms)
             else:
-                self._feed_clicks(value or b"")
+                self._feed_clicks(value or b"", latest_ms)
 
-    def _feed_impressions(self, value: bytes) -> None:
+    def _feed_impressions(self, value: bytes, latest_ms: float) -> None:
         decoded = self._impressions.decode_batch(value)
         self.consumed[IMPRESSIONS] += len(decoded.events) + len(decoded.bad)
         self._bad[IMPRESSIONS] += len(decoded.bad)
         for impression in decoded.events:
+            if impression.occurred_at_ms > latest_ms:
+                self._bad[IMPRESSIONS] += 1
+                continue
             decision = self._decisions.setdefault(impression.decision_id, _Decision())
             if decision.shown_at_ms is None:
                 decision.shown_at_ms = impression.occurred_at_ms
             else:
                 self._duplicate_impressions += 1
 
-    def _feed_clicks(self, value: bytes) -> None:
+    def _feed_clicks(self, value: bytes, latest_ms: float) -> None:
         decoded = self._clicks.decode_batch(value)
         self.consumed[CLICKS] += len(decoded.events) + len(decoded.bad)
         self._bad[CLICKS] += len(decoded.bad)
         for click in decoded.events:
+            if click.occurred_at_ms > latest_ms:
+                self._bad[CLICKS] += 1
+                continue
             self._decisions.setdefault(click.decision_id, _Decision()).clicks_ms.append(click.occurred_at_ms)
 
     def _feed_examples(self, partition: int, offset: int, value: bytes) -> None:
@@ -166,7 +185,7 @@ class Audit:
                 impressions["expired"] += 1
                 imbalance += in_time > 0 and drained
         if drained:
-            imbalance += abs(self._dead_letters - self._bad.total())
+            imbalance += abs(len(self._dead_letters) - self._bad.total())
         imbalance += abs(impressions.total() - self.consumed[IMPRESSIONS]) + abs(clicks.total() - self.consumed[CLICKS])
         return {
             "impressions": {k: impressions[k] for k in ("joined", "expired", "pending", "duplicate", "dead_letter")},

@@ -10,13 +10,14 @@ from kafka import KafkaConsumer, TopicPartition
 from genco.audit import AUDITED, Audit
 from streams.clients import kafka_consumer
 from streams.contracts.settings import JoinSettings
+from streams.contracts.topics import EXAMPLES
 
 
 class Follower:
     """Follows the topics from their present end (a fresh loop: their beginning) until it is closed."""
 
     def __init__(self, settings: JoinSettings, *, from_beginning: bool) -> None:
-        self.audit = Audit(settings.attribution_window_ms, settings.label_wait_ms)
+        self.audit = Audit(settings.attribution_window_ms, settings.label_wait_ms, settings.max_future_skew_ms)
         self.lock = threading.Lock()
         """Hold it while reading the audit."""
         self.failure: Exception | None = None
@@ -47,8 +48,15 @@ class Follower:
                 with self.lock:
                     for place, records in found.items():
                         for record in records:
-                            self.audit.feed(place.topic, place.partition, record.offset, record.value, record.headers)
-                            if place.topic == "examples":
+                            self.audit.feed(
+                                place.topic,
+                                place.partition,
+                                record.offset,
+                                record.value,
+                                record.headers,
+                                record.timestamp,
+                            )
+                            if place.topic == EXAMPLES:
                                 self.examples_until[place.partition] = record.offset + 1
         except Exception as error:  # noqa: BLE001 - shown by whoever reads the audit
             self.failure = error

@@ -75,7 +75,9 @@ class CheckpointStore:
         finally:
             temporary.unlink(missing_ok=True)
         _fsync_directory(self._directory)
-        for _, old in self._found()[KEEP:]:
+        # By the time of writing, not by number: after a step back to an older checkpoint, the damaged ones have larger
+        # numbers than the good ones that follow.
+        for old in sorted((path for _, path in self._found()), key=lambda p: p.stat().st_mtime_ns)[:-KEEP]:
             old.unlink(missing_ok=True)
         return path
 
@@ -85,6 +87,8 @@ class CheckpointStore:
         Raises:
             CheckpointError: If there are some and all are damaged.
         """
+        for abandoned in self._directory.glob(".checkpoint-*.tmp"):
+            abandoned.unlink(missing_ok=True)  # of a process that was killed while it wrote
         found = self._found()
         for number, path in found:
             try:

@@ -1,7 +1,7 @@
 """Publishes snapshots to the registry in Redis, and holds the right to.
 
-Blobs and manifests are immutable; the pointer to the current one is moved by one script that accepts only a larger
-(epoch, version), an existing blob, no pin, and a caller that holds the lease. Each holder of the lease gets a new,
+Blobs and manifests are immutable; one script stores them and moves the pointer to them, and accepts only a larger
+(epoch, version), no pin, and a caller that holds the lease. Each holder of the lease gets a new,
 larger epoch, so a learner that was paused and wakes up can no longer publish. Every move increments `revision`.
 
 Redis is a cache: after a `FLUSHALL` the next publication starts from the epoch and revision that the learner remembers.
@@ -56,16 +56,24 @@ return redis.call('DEL', KEYS[1])
 
 # KEYS[1] current, KEYS[2] blob, KEYS[3] manifest, KEYS[4] pin, KEYS[5] lease, KEYS[6] history; ARGV[1] epoch,
 # ARGV[2] version, ARGV[3] sha256, ARGV[4] owner, ARGV[5] smallest revision allowed - 1, ARGV[6] channel,
-# ARGV[7] length of the history. Returns {outcome, revision}.
+# ARGV[7] length of the history, ARGV[8] blob, ARGV[9] manifest. Returns {outcome, revision}.
+# Sent twice, because the answer was lost, it changes nothing the second time.
 _PUBLISH: Final = """
 if redis.call('GET', KEYS[5]) ~= ARGV[4] then return {'not_holder', 0} end
-if redis.call('EXISTS', KEYS[2], KEYS[3]) ~= 2 then return {'no_blob', 0} end
-local now = redis.call('HMGET', KEYS[1], 'epoch', 'version', 'revision')
+local now = redis.call('HMGET', KEYS[1], 'epoch', 'version', 'revision', 'sha256')
 local epoch, version = tonumber(now[1] or '-1'), tonumber(now[2] or '-1')
 local new_epoch, new_version = tonumber(ARGV[1]), tonumber(ARGV[2])
+if new_epoch == epoch and new_version == version and now[4] == ARGV[3] then
+  return {'published', tonumber(now[3])}
+end
 if new_epoch < epoch or (new_epoch == epoch and new_version <= version) then return {'not_newer', 0} end
-redis.call('LPUSH', KEYS[6], ARGV[1] .. ':' .. ARGV[2])
-redis.call('LTRIM', KEYS[6], 0, ARGV[7] - 1)
+redis.call('SET', KEYS[2], ARGV[8], 'NX')
+redis.call('SET', KEYS[3], ARGV[9], 'NX')
+local name = ARGV[1] .. ':' .. ARGV[2]
+if redis.call('LINDEX', KEYS[6], 0) ~= name then
+  redis.call('LPUSH', KEYS[6], name)
+  redis.call('LTRIM', KEYS[6], 0, ARGV[7] - 1)
+end
 if redis.call('EXISTS', KEYS[4]) == 1 then return {'pinned', 0} end
 local revision = math.max(tonumber(now[3] or '0'), tonumber(ARGV[5])) + 1
 redis.call('HSET', KEYS[1], 'epoch', ARGV[1], 'version', ARGV[2], 'sha256', ARGV[3], 'revision', revision)
@@ -83,8 +91,6 @@ class Outcome(StrEnum):
     NOT_HOLDER = "not_holder"
     """Somebody else publishes for this model now."""
     NOT_NEWER = "not_newer"
-    NO_BLOB = "no_blob"
-    """The blob vanished between storing and pointing: Redis evicts, which it must not."""
 
 
 @dataclass(slots=True)
@@ -121,12 +127,20 @@ class Publisher:
         self.holds_lease = epoch > 0
         if self.holds_lease:
             self.fence.epoch = epoch
+            self._learn_revision()
         return self.holds_lease
 
     def renew(self) -> bool:
         """Prolong the lease; False if it was lost."""
         self.holds_lease = bool(self._renew(keys=[lease_key(self._model_id)], args=[self._owner, self._lease_ms]))
+        if self.holds_lease:
+            self._learn_revision()
         return self.holds_lease
+
+    def _learn_revision(self) -> None:
+        """Remember the pointer's revision: a rollback increments it without us."""
+        revision: Any = self._client.hget(current_key(self._model_id), "revision")
+        self.fence.revision = max(self.fence.revision, int(revision or 0))
 
     def release(self) -> None:
         """Give the lease back, so that a successor need not wait for it."""
@@ -143,8 +157,6 @@ class Publisher:
         model, epoch, version = manifest.model_id, manifest.epoch, manifest.version
         blob, described = blob_key(model, epoch, version), manifest_key(model, epoch, version)
         outgrown = self._client.lindex(history_key(model), HISTORY_LENGTH - 1)
-        self._client.set(blob, snapshot.blob)
-        self._client.set(described, manifest.model_dump_json())
         outcome, revision = self._publish(
             keys=[
                 current_key(model),
@@ -162,13 +174,14 @@ class Publisher:
                 self.fence.revision,
                 published_channel(model),
                 HISTORY_LENGTH,
+                snapshot.blob,
+                manifest.model_dump_json(),
             ],
         )
         result = Outcome(outcome.decode())
-        if result in (Outcome.NOT_HOLDER, Outcome.NOT_NEWER):
-            self._client.delete(blob, described)
-            self.holds_lease = result is not Outcome.NOT_HOLDER
-        elif outgrown is not None:
+        if result is Outcome.NOT_HOLDER:
+            self.holds_lease = False
+        elif outgrown is not None and result is not Outcome.NOT_NEWER:
             self._forget(model, outgrown)
         self.fence.revision = max(self.fence.revision, int(revision))
         return result

@@ -17,14 +17,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import msgspec
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
+NO_DELAY: Final = -(2**62)
+"""Stands for "no click" among delays; a click a little before its impression has a negative delay."""
 
 
 class LabelKind(StrEnum):
@@ -91,7 +93,7 @@ class ExampleBatch:
     reward: NDArray[np.float64]
     label_kind: list[str]
     delay_ms: NDArray[np.int64]
-    """-1 without a click."""
+    """`NO_DELAY` without a click."""
 
     def __len__(self) -> int:
         """Return N."""
@@ -114,6 +116,8 @@ class ExampleBatch:
     @classmethod
     def concat(cls, batches: Sequence[ExampleBatch]) -> ExampleBatch:
         """Return the batches one after the other."""
+        if not batches:
+            return cls.empty()
         columns: dict[str, Any] = {}
         for field in fields(cls):
             parts = [getattr(batch, field.name) for batch in batches]
@@ -141,7 +145,7 @@ def encode_examples(columns: Mapping[str, Sequence[Any]]) -> bytes:
         ]
     except KeyError as missing:
         raise ValueError(f"examples lack the column {missing}; expected {EXAMPLE_SCHEMA.names}") from None
-    except (pa.ArrowInvalid, pa.ArrowTypeError, AttributeError) as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"a column of examples does not fit the schema: {error}") from error
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, EXAMPLE_SCHEMA) as writer:
@@ -197,5 +201,5 @@ def decode_examples(value: bytes) -> ExampleBatch:
         label=np.array(columns["label"], np.int8),
         reward=np.array(columns["reward"], np.float64),
         label_kind=columns["label_kind"],
-        delay_ms=np.array([-1 if d is None else d for d in columns["delay_ms"]], np.int64),
+        delay_ms=np.array([NO_DELAY if d is None else d for d in columns["delay_ms"]], np.int64),
     )

@@ -266,5 +266,8 @@ def _unknown_variables() -> Iterator[str]:
     }
     for name in sorted(os.environ):
         if name.startswith(PREFIX) and name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            yield f"{name}: no such setting" + (f"; did you mean {near[0]}?" if near else "")
+            # Without the prefix, or everything would look alike.
+            near = difflib.get_close_matches(
+                name[len(PREFIX) :], [known_name[len(PREFIX) :] for known_name in known], 1
+            )
+            yield f"{name}: no such setting" + (f"; did you mean {PREFIX}{near[0]}?" if near else "")

@@ -61,7 +61,6 @@ def run_and_check(tmp_path: Path, kafka: KafkaKind) -> None:
     # From true click rates, so no luck of clicks is in it: play that has learned nothing stays within .02 of 1, what is
     # seen here is about .6.
     last = report["ctr_last_20pct"]
-    print(report["regret"], last)
     assert report["regret"]["last_20pct"] < 0.9, last
 
 

@@ -165,7 +165,6 @@ def test_faults_add_up() -> None:
     assert loop.ledger()["imbalance"] == 1 + 3 + 1 + 3
 
 
-@pytest.mark.xfail(strict=True, reason="the joiner writes a dead letter again after a crash; the audit counts records")
 def test_dead_letter_written_again_after_a_crash_is_no_imbalance() -> None:
     loop = Loop()
     loop.bad_lines = {IMPRESSIONS: [b"{"], CLICKS: []}

@@ -220,9 +220,6 @@ def test_state_that_json_cannot_hold_is_refused_before_anything_is_written(
     assert files(store) == before
 
 
-@pytest.mark.xfail(
-    strict=True, reason="damaged files count among the three that are kept, so a single good one is left"
-)
 def test_damaged_files_do_not_push_out_good_ones(store: CheckpointStore) -> None:
     for number in (10, 20, 30):
         store.save(number, tensors(number), {"n": number})

@@ -18,6 +18,7 @@ from streams.contracts.codec import EventDecoder
 from streams.contracts.events import Click, Impression
 from streams.contracts.examples import (
     EXAMPLE_SCHEMA,
+    NO_DELAY,
     ExampleBatch,
     decode_examples,
     encode_examples,
@@ -94,7 +95,7 @@ def test_every_column_survives_a_round_trip() -> None:
             assert got == [{"hour": n, "device": "ios", "x": 1.0, "new": True} for n in range(5)]
             assert [type(v) for v in got[0].values()] == [int, str, float, bool]
         elif name == "delay_ms":
-            assert got == [-1, 1, -1, 3, -1]
+            assert got == [NO_DELAY, 1, NO_DELAY, 3, NO_DELAY]
         else:
             assert got == values, name
 
@@ -316,4 +317,4 @@ def test_examples_of_version_1_still_load(make: ModuleType) -> None:
     assert batch.label.tolist() == [1, 1, 0]
     assert batch.reward.tolist() == [1.0, 19.95, 0.0]
     assert batch.label_kind == ["final", "late_positive", "provisional"]
-    assert batch.delay_ms.tolist() == [4_000, 30_000, -1]
+    assert batch.delay_ms.tolist() == [4_000, 30_000, NO_DELAY]
