@@ -214,4 +214,5 @@ def test_second_learner_of_a_model_neither_learns_nor_stays(settings: LearnSetti
     assert first.failure is None
     updates, _ = recorded_updates(settings, 0)
     assert len({u.number for u in updates}) == len(updates)
+    second.stop()
     first.stop()
