@@ -86,7 +86,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from genco.shoppers import run
-    from genco.world import DEMO_WORLD
+    from genco.world_config import DEMO_WORLD
 
     world = DEMO_WORLD if arguments.world_seed is None else replace(DEMO_WORLD, seed=arguments.world_seed)
     if arguments.drift_every is not None:

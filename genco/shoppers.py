@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from serving.client import Client, ClientError
 
-from genco.world import World, WorldConfig, regret
+from genco.world import World, regret
+from genco.world_config import WorldConfig
+from serving.client import Client, ClientError
 from streams.telemetry import now_ms
 
 logger = logging.getLogger(__name__)

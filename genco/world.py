@@ -17,11 +17,13 @@ a product in a slot, C = 18 contexts (device and segment), T traits of an elemen
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import NamedTuple, TypedDict
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from genco.world_catalog import Catalog, Context, ElementRecord, ProductRecord, Request, element_text
+from genco.world_config import WorldConfig
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -33,141 +35,13 @@ HOURS = 24
 
 MAX_ENUMERATED = 20_000  # creatives of a product up to which best and uniform are exact
 SAMPLED_CREATIVES = 4_096  # stands for uniform play beyond that
-ASCENT_STARTS = 16  # one start was 2.8 % short of the optimum, six .3 % (algorithms.md 3)
+ASCENT_STARTS = 16  # one start was 2.8 % short of the optimum, six .3 %
 CALIBRATION_DRAWS = 200_000
 CHUNK_NUMBERS = 2_000_000  # numbers in the largest temporary array of a table
 MAX_ERAS = 4  # truths kept: now, and a little of the past
 
 # Roots of the random streams, so that none depends on how much another has drawn.
 _PRODUCTS, _ELEMENTS, _TASTES, _CALIBRATION, _SEARCH, _MIXING = range(6)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WorldConfig:
-    """Size, strengths and dynamics of a world; strengths are standard deviations in logits of a random card."""
-
-    seed: int = 0
-    num_products: int = 30
-    slots: tuple[str, ...] = ("title", "image", "highlight", "tag")
-    elements_per_slot: int = 12
-    """Elements alive in a slot, over all products."""
-    candidates_per_slot: int = 6
-    """Elements of a slot that one product may use; each product has a subset of its own."""
-    content_size: int = 6
-    """Content features of an element."""
-    hidden_traits: int | None = None
-    """None: an element acts through its content features. A number: through so many hidden traits, non-linearly,
-    and the content features are a noisy linear mixture of them."""
-    click_rate: float = 0.04
-    """Click rate of uniform play at time 0, over all products and contexts."""
-
-    product_sd: float = 0.8
-    """Appeal of the products."""
-    context_sd: float = 0.3
-    """Device and segment on the appeal, half of its variance particular to the product."""
-    hour_sd: float = 0.2
-    """The hour of the day on the appeal."""
-    content_sd: float = 0.16
-    """Main effects of the elements that content explains."""
-    own_sd: float = 0.1
-    """Main effects of the elements that no content explains."""
-    pair_sd: float = 0.3
-    """Interactions of pairs of slots, bilinear in the traits of their elements."""
-    context_element_sd: float = 0.14
-    """Device and segment with the traits of the elements."""
-    trait_deviation: float = 0.5
-    """How far an element's traits are from its content, in standard deviations of a content feature."""
-
-    delay_median_s: float = 2.0
-    delay_sigma: float = 0.8
-    """Standard deviation of the delay's logarithm."""
-    delay_cap_s: float = 20.0
-    """No click comes later than this."""
-
-    drift_every_s: float | None = None
-    """Tastes (the effects of content, pairs and contexts, not the traits) move every so many seconds; None: never."""
-    drift_rate: float = 0.3
-    """Share of the variance of the tastes that is new after a move; 1 forgets all."""
-    new_elements_every_s: float | None = None
-    """Every so many seconds new elements replace the oldest ones wherever those were candidates; None: never."""
-    new_elements: int = 1
-    """How many elements of each slot are replaced at a time."""
-
-    def __post_init__(self) -> None:
-        counts = ("num_products", "elements_per_slot", "candidates_per_slot", "content_size", "new_elements")
-        for name in counts:
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in (field.name for field in fields(self) if field.name.endswith("_sd")):
-            value = getattr(self, name)
-            _require(math.isfinite(value) and value >= 0, name, value, "a finite number, at least 0")
-        for name in ("delay_sigma", "trait_deviation"):
-            value = getattr(self, name)
-            _require(math.isfinite(value) and value >= 0, name, value, "a finite number, at least 0")
-        for name in ("delay_median_s", "delay_cap_s", "drift_every_s", "new_elements_every_s"):
-            value = getattr(self, name)
-            _require(value is None or (math.isfinite(value) and value > 0), name, value, "a finite number above 0")
-        _require(self.seed >= 0, "seed", self.seed, "at least 0")
-        _require(bool(self.slots) and all(self.slots), "slots", self.slots, "at least one name, none empty")
-        _require(len(set(self.slots)) == len(self.slots), "slots", self.slots, "names that differ")
-        for name in ("candidates_per_slot", "new_elements"):
-            rule = f"at most elements_per_slot ({self.elements_per_slot})"
-            _require(getattr(self, name) <= self.elements_per_slot, name, getattr(self, name), rule)
-        _require(self.hidden_traits is None or self.hidden_traits >= 1, "hidden_traits", self.hidden_traits, "above 0")
-        _require(0 < self.click_rate < 1, "click_rate", self.click_rate, "between 0 and 1")
-        _require(0 < self.drift_rate <= 1, "drift_rate", self.drift_rate, "in (0, 1]")
-
-    @property
-    def num_creatives(self) -> int:
-        """How many creatives each product has."""
-        return int(self.candidates_per_slot ** len(self.slots))
-
-
-def _require(ok: bool, name: str, value: object, rule: str) -> None:
-    if not ok:
-        raise ValueError(f"{name} of the world is {value!r}; must be {rule}")
-
-
-DEMO_WORLD = WorldConfig(seed=3)
-"""Uniform play 4.0 %, best play 10.8 % (2.7 times), the best without regard to pairs 8.2 %."""
-
-
-class ElementRecord(TypedDict):
-    """An element as the catalog knows it."""
-
-    element_id: str
-    slot: str
-    features: list[float]
-    text: str
-
-
-class ProductRecord(TypedDict):
-    """A product as the catalog knows it: its candidates in each slot."""
-
-    product_id: str
-    slots: dict[str, list[str]]
-
-
-class Catalog(NamedTuple):
-    """What can be shown at one time."""
-
-    elements: list[ElementRecord]
-    products: list[ProductRecord]
-
-
-class Context(TypedDict):
-    """What a request tells about the shopper."""
-
-    device: str
-    segment: str
-    hour: int
-
-
-class Request(TypedDict):
-    """A request for a decision, ready for JSON."""
-
-    product_id: str
-    context: Context
-    candidates: dict[str, list[str]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -626,7 +500,10 @@ class World:
         content = self._element(slot, number).content
         name = self.config.slots[slot]
         return ElementRecord(
-            element_id=self.element_id(slot, number), slot=name, features=content.tolist(), text=_text(name, content)
+            element_id=self.element_id(slot, number),
+            slot=name,
+            features=content.tolist(),
+            text=element_text(name, content),
         )
 
 
@@ -671,35 +548,3 @@ def _unit(values: FloatArray, axis: int) -> FloatArray:
 
 def _sigmoid(logit: FloatArray) -> FloatArray:
     return 1 / (1 + np.exp(-logit))
-
-
-# A word for each part of an element's text; the content feature of the same position says which, from low to high.
-_WORDS = {
-    "title": (
-        "Classic|Soft|Light|Everyday|Bold|Premium",
-        "Cotton|Linen|Denim|Wool|Leather|Recycled",
-        "Shirt|Sneakers|Jacket|Backpack|Dress|Hoodie",
-        "for Work|for Weekends|for Summer|for Travel|for Two|for Winter",
-    ),
-    "image": (
-        "studio|street|beach|mountain|home|city",
-        "photo|close-up|flat lay|portrait|collage|sketch",
-        "in soft light|in bright colors|in black and white|at dawn|at night|on white",
-    ),
-    "highlight": (
-        "Free returns|Fast delivery|Two-year warranty|Gift wrapping|Easy care|Hand-finished",
-        "this week|for members|on every order|at no extra cost|in all sizes|while stocks last",
-    ),
-    "tag": ("New|Sale|Popular|Limited|Eco|Top rated", "today|pick|deal|edition|find|choice"),
-}
-_OTHER_WORDS = ("plain|warm|clear|lively|bold|loud", "one|two|three|four|five|six")
-
-
-def _text(slot: str, content: FloatArray) -> str:
-    """Return marketing words that follow from an element's content: elements of like content share words."""
-    parts = [] if slot in _WORDS else [slot]
-    for position, choices in enumerate(_WORDS.get(slot, _OTHER_WORDS)):
-        words = choices.split("|")
-        quantile = (1 + math.erf(content[position % len(content)] / math.sqrt(2))) / 2
-        parts.append(words[min(int(quantile * len(words)), len(words) - 1)])
-    return " ".join(parts)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from genco import world as world_module
-from genco.world import DEMO_WORLD, DEVICES, HOURS, SEGMENTS, Requests, World, WorldConfig, regret
+from genco.world import DEVICES, HOURS, SEGMENTS, Requests, World, regret
+from genco.world_config import DEMO_WORLD, WorldConfig
 
 SMALL = WorldConfig(
     seed=5, num_products=2, slots=("title", "image", "tag"), elements_per_slot=4, candidates_per_slot=3, content_size=2
