@@ -166,7 +166,8 @@ class Audit:
         for decision in self._decisions.values():
             if decision.shown_at_ms is None:
                 if decision.clicks_ms:
-                    clicks["orphan"] += 1
+                    # Its impression may still be on its way.
+                    clicks["orphan" if drained else "pending"] += 1
                     clicks["duplicate"] += len(decision.clicks_ms) - 1
                 if decision.label is not None and drained:
                     imbalance += 1  # an example of an impression that nobody sent

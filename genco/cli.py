@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from streams.contracts.settings import EX_CONFIG, ConfigurationError, MetricsSettings, load
+from streams.contracts.settings import EX_CONFIG, ConfigurationError, MetricsSettings, load, variable_names
 from streams.telemetry import configure_logging
 
 
@@ -34,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] in ("genco", "streams", "learner", "serving"):
             raise
-        print(f"genco {arguments.verb}: needs the package {error.name}; {_extra(error.name)}", file=sys.stderr)
+        package = error.name.split(".")[0]
+        print(f"genco {arguments.verb}: needs the package {package}; {_extra(package)}", file=sys.stderr)
         return 1
     except (OSError, RuntimeError, ValueError) as error:
         logging.getLogger(__name__).debug("failed", exc_info=True)
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _extra(package: str) -> str:
     """Return how to install what is missing."""
     extras = {"fastapi": "serving", "uvicorn": "serving", "faust": "streams", "aiokafka": "streams", "torch": "learner"}
-    return f"install it with: pip install 'genco-online[{extras.get(package.split('.')[0], 'local')}]'"
+    return f"install it with the extra {extras.get(package, 'local')}: pip install '.[{extras.get(package, 'local')}]'"
 
 
 def _join(_: argparse.Namespace) -> None:
@@ -131,8 +133,12 @@ def _import_obd(arguments: argparse.Namespace) -> None:
 def _replay(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from genco.folders import require_folder
     from genco.replay import run
 
+    require_folder(arguments.json)
+    # As an exception, so that the local services are stopped and their directories removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     report = run(
         arguments.log,
         kafka=arguments.kafka,
@@ -161,10 +167,25 @@ def _write_json(path: Path | None, value: dict[str, Any]) -> None:
 
 
 def _positive(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
+
+
+def _count(text: str) -> int:
+    if not (text.isdecimal() and 1 <= int(text) <= 1_000):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 1000")
+    return int(text)
+
+
+def _settings_help() -> str:
+    """Return the settings of the processes, for the end of their help."""
+    lines = [f"  {name}\n      {text}" for name, text in sorted(variable_names().items())]
+    return "settings, read from the environment (docs/settings.md has the defaults):\n\n" + "\n".join(lines)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -191,9 +212,13 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--report", type=Path, help="write one JSON object here at the end")
     demo.add_argument("--dir", type=Path, help="keep logs, checkpoints and snapshots here")
 
-    verb("serve", _serve, "the HTTP API: decisions and clicks")
-    verb("join", _join, "joins impressions and clicks into examples")
-    verb("learn", _learn, "learns from examples and publishes policies")
+    for process in (
+        verb("serve", _serve, "the HTTP API: decisions and clicks"),
+        verb("join", _join, "joins impressions and clicks into examples"),
+        verb("learn", _learn, "learns from examples and publishes policies"),
+    ):
+        process.formatter_class = argparse.RawDescriptionHelpFormatter
+        process.epilog = _settings_help()
 
     simulate = verb("simulate", _simulate, "simulated shoppers behind a server's API")
     simulate.add_argument("--url", required=True, help="of the server, such as http://127.0.0.1:8080")
@@ -209,7 +234,7 @@ def _parser() -> argparse.ArgumentParser:
     verb("check", _check, "what is configured, what answers, and what to do about the rest")
     verb("topics", _topics, "create the topics that do not exist yet")
 
-    importer = verbs.add_parser("import", help="turn a log of another system into ours")
+    importer = verbs.add_parser("import", help="turn a log of another system into ours", description="Logs in.")
     sources = importer.add_subparsers(dest="source", required=True, metavar="SOURCE")
     obd = sources.add_parser("obd", help="the Open Bandit dataset")
     obd.add_argument("dir", type=Path, metavar="DIR", help="folder of the dataset, or of one policy or campaign of it")
@@ -218,14 +243,19 @@ def _parser() -> argparse.ArgumentParser:
 
     replay = verb("replay", _replay, "send a log through Kafka, the joiner and the learner")
     replay.add_argument("log", type=Path, metavar="LOG", help=".ndjson file, or folder of them")
-    replay.add_argument("--kafka", choices=["embedded", "home"], help="start this broker, joiner and learner")
-    replay.add_argument("--partitions", type=int, default=4, help="of the broker started here (%(default)s)")
+    replay.add_argument(
+        "--kafka",
+        choices=["embedded", "home", "configured"],
+        default="embedded",
+        help="broker: %(default)s, that of KAFKA_HOME, or that of the settings, if its topics are empty",
+    )
+    replay.add_argument("--partitions", type=_count, default=4, help="of a broker started here (%(default)s)")
     replay.add_argument("--window", type=_positive, default=600, help="attribution window in seconds (%(default)s)")
     replay.add_argument("--label-wait", type=_positive, default=60, help="label wait in seconds (%(default)s)")
     replay.add_argument("--timeout", type=_positive, default=120, help="give up after so long without progress")
     replay.add_argument("--json", type=Path, metavar="FILE", help="write the report here")
 
-    bench = verbs.add_parser("bench", help="benchmarks")
+    bench = verbs.add_parser("bench", help="benchmarks", description="Benchmarks.")
     benches = bench.add_subparsers(dest="bench", required=True, metavar="BENCH")
     codec = benches.add_parser("codec", help="decoding impressions, against json and one pydantic model a line")
     codec.add_argument("--json", type=Path, metavar="FILE", help="write one JSON object here")

@@ -21,6 +21,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from genco.folders import require_folder
 from genco.follow import Follower
 from genco.loop import KafkaKind, Loop, LoopOptions
 from genco.services import ManagedProcess
@@ -41,7 +42,7 @@ class DemoError(RuntimeError):
 
 def run(
     *,
-    kafka: KafkaKind | None,
+    kafka: KafkaKind,
     seconds: float | None,
     rate: float,
     seed: int,
@@ -54,18 +55,19 @@ def run(
         ServiceError: If a local service does not start.
         DemoError: If the loop does not come up.
     """
+    require_folder(report)
     stopped: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _frame: stopped.append(received))
     console = Console()
-    with Loop(loop_options(kafka=kafka or "embedded", rate=rate, directory=directory)) as loop:
+    with Loop(loop_options(kafka=kafka, rate=rate, directory=directory)) as loop:
         watch = Watch(loop, rate=rate, seed=seed, should_stop=lambda: bool(stopped))
         try:
             watch.start(console)
             _view(watch, console, seconds)
             if not watch.broken:
-                console.print("shoppers have left; waiting for the last labels")
-                watch.drain()
+                console.print("shoppers have left; waiting for the last labels (Ctrl-C again to skip)")
+                watch.drain(lambda: len(stopped) > 1)
             result = watch.report()
         finally:
             watch.close()
@@ -90,6 +92,7 @@ def loop_options(*, kafka: KafkaKind, rate: float, directory: Path | None) -> Lo
             "GENCO_REFRESH_INTERVAL_MS": "250",
             # So that a killed joiner or learner is back soon.
             "GENCO_KAFKA_SESSION_TIMEOUT_MS": "6000",
+            "GENCO_LEASE_MS": "5000",
         },
         directory=directory,
     )
@@ -179,13 +182,13 @@ class Watch:
         with self._follower.lock:
             return self._follower.audit.freshness()
 
-    def drain(self) -> None:
-        """Stop the shoppers and wait until every impression has its label and the policy has learned it."""
+    def drain(self, should_skip: Callable[[], bool] = lambda: False) -> None:
+        """Stop the shoppers and wait until every impression has its label, or until `should_skip`."""
         self._shoppers.stop(grace=10.0)
         deadline = time.monotonic() + DRAIN_TIMEOUT_S
         quiet_since = time.monotonic()
         before: dict[str, Any] = {}
-        while time.monotonic() < deadline and not self.broken:
+        while time.monotonic() < deadline and not self.broken and not should_skip():
             self.look()
             now = self.ledger(drained=True)
             if now != before:
@@ -207,12 +210,12 @@ class Watch:
             consumed = dict(audit.consumed)
             kinds = dict(audit.label_kinds)
         restarts = self.loop.supervisor.restarts
-        events = self.policy.get("events", {})
+        events = self.policy.get("counters", {}).get("events", {})
         errors = {
             "requests_rejected": self.status.get("rejected", 0),
             "connection_errors": self.status.get("connection_errors", 0),
             "restarts": sum(restarts.values()),
-            "events_dropped": sum(topic.get("dropped", 0) for topic in events.values()),
+            "events_dropped": sum(sum(topic["dropped"].values()) for topic in events.values()),
             "dead_letters": ledger["impressions"]["dead_letter"] + ledger["clicks"]["dead_letter"],
         }
         return {
@@ -221,6 +224,7 @@ class Watch:
             "decisions": self.status.get("decisions", 0),
             "impressions": consumed.get("impressions", 0),
             "clicks": consumed.get("clicks", 0),
+            "clicks_drawn": self.status.get("clicks_drawn", 0),
             "examples": consumed.get("examples", 0),
             "label_kinds": kinds,
             "ledger": ledger,
@@ -322,7 +326,7 @@ def _screen(watch: Watch) -> Group:
     facts.add_row("restarts", str(restarts or "none"), "")
 
     ledger = watch.ledger()
-    buckets = Table("", "joined", "negative", "pending", "late", "duplicate", "orphan", "dead letter", box=None)
+    buckets = Table("", "joined", "negative", "pending", "late", "duplicate", "orphan", "dead", box=None)
     shown = ledger["impressions"]
     buckets.add_row(
         "impressions",

@@ -1,8 +1,8 @@
 """The processes of the loop on this machine: services, joiner, learner, server, kept running.
 
-`genco demo`, `genco replay` and the end-to-end tests start it. Where `GENCO_KAFKA_BOOTSTRAP_SERVERS` or
-`GENCO_REDIS_URL` name real servers, those are used; else local ones are started, with fresh data, in a directory of
-their own.
+`genco demo`, `genco replay` and the end-to-end tests start it. It is closed: broker, Redis, keys, model and data are
+its own, whatever `GENCO_` settings the caller's shell holds, so that a demo never publishes to the servers of a real
+system. Only with `kafka="configured"` does it use the Kafka that the settings name.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import secrets
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, Self
@@ -27,13 +27,14 @@ from genco.services import (
     free_port,
 )
 from genco.services import Service as LocalService
-from streams.clients import check_topics, create_topics
-from streams.contracts.settings import ConfigurationError, JoinSettings, KafkaSettings, load
+from streams.clients import check_topics, create_topics, require_empty_topics
+from streams.contracts.settings import PREFIX, ConfigurationError, JoinSettings, KafkaSettings, load
 from streams.contracts.topics import partition_counts
 
 Role = Literal["join", "learn", "serve"]
 KafkaKind = Literal["embedded", "home", "configured"]
 
+_LOG_LEVEL: Final = "GENCO_LOG_LEVEL"
 BYTES_PER_IMPRESSION: Final = 500
 """Of a record in the embedded broker, compressed, the record of `examples` included: an upper bound for the demo."""
 
@@ -43,8 +44,8 @@ class LoopOptions:
     """What to start, and how."""
 
     roles: Sequence[Role] = ("join", "learn", "serve")
-    kafka: KafkaKind | None = None
-    """None: `configured` if GENCO_KAFKA_BOOTSTRAP_SERVERS is set, else `embedded`."""
+    kafka: KafkaKind = "embedded"
+    """`configured`: the one that GENCO_KAFKA_BOOTSTRAP_SERVERS names; its topics must be empty."""
     partitions: int = 4
     attribution_window_ms: int = 30_000
     label_wait_ms: int = 5_000
@@ -89,6 +90,8 @@ class Loop:
 
     def _start(self) -> None:
         options = self.options
+        if options.kafka != "configured":
+            self._stack.enter_context(_without_settings())
         if options.directory is None:
             self.directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="genco-")))
         else:
@@ -98,7 +101,7 @@ class Loop:
             "GENCO_PARTITIONS": str(options.partitions),
             "GENCO_ATTRIBUTION_WINDOW_MS": str(options.attribution_window_ms),
             "GENCO_LABEL_WAIT_MS": str(options.label_wait_ms),
-            "GENCO_SIGNING_KEY": os.environ.get("GENCO_SIGNING_KEY") or secrets.token_hex(32),
+            "GENCO_SIGNING_KEY": secrets.token_hex(32),
             "GENCO_CHECKPOINT_DIR": str(self.directory / "checkpoints"),
             "GENCO_LAST_GOOD_DIR": str(self.directory / "last_good"),
             # One thread for each process: they share the machine's cores.
@@ -121,19 +124,15 @@ class Loop:
 
     def _start_kafka(self) -> None:
         options = self.options
-        configured = "GENCO_KAFKA_BOOTSTRAP_SERVERS" in os.environ
-        kind = options.kafka or ("configured" if configured else "embedded")
         counts = partition_counts(options.partitions)
-        if kind == "configured":
-            self.kafka_name = f"Kafka at {os.environ.get('GENCO_KAFKA_BOOTSTRAP_SERVERS')}"
-            self.env["GENCO_PARTITIONS"] = str(check_topics(load(KafkaSettings)))
-            # The processes that run there have windows of their own; ours must be the same.
-            for name in ("GENCO_ATTRIBUTION_WINDOW_MS", "GENCO_LABEL_WAIT_MS"):
-                if name in os.environ:
-                    self.env[name] = os.environ[name]
+        if options.kafka == "configured":
+            settings = load(KafkaSettings)
+            self.kafka_name = f"Kafka at {settings.kafka_bootstrap_servers}"
+            self.env["GENCO_PARTITIONS"] = str(check_topics(settings))
+            require_empty_topics(settings)
             return
         broker: LocalService
-        if kind == "home":
+        if options.kafka == "home":
             broker = KafkaBroker()
             self.kafka_name = "Apache Kafka, started here"
         else:
@@ -142,14 +141,10 @@ class Loop:
             self.kafka_name = "embedded broker"
         self._stack.enter_context(broker)
         self.env |= broker.client_settings()
-        if kind == "home":
+        if options.kafka == "home":
             create_topics(self.settings(KafkaSettings))
 
     def _start_redis(self) -> None:
-        url = os.environ.get("GENCO_REDIS_URL")
-        if url:
-            self.env["GENCO_REDIS_URL"] = url
-            return
         redis_server = RedisServer()
         self._stack.enter_context(redis_server)
         self.env |= redis_server.client_settings()
@@ -165,13 +160,24 @@ class Loop:
         return settings
 
 
+@contextlib.contextmanager
+def _without_settings() -> Iterator[None]:
+    """Take every GENCO_ variable but the log level out of the environment for a while."""
+    held = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(PREFIX) and name != _LOG_LEVEL}
+    try:
+        yield
+    finally:
+        os.environ.update(held)
+
+
 def _require_fit(options: LoopOptions) -> None:
     """Refuse a window that the embedded broker cannot keep: it drops the oldest records without a word."""
-    needed = options.rate * options.attribution_window_ms / 1000 * BYTES_PER_IMPRESSION / options.partitions
+    window_s = options.attribution_window_ms / 1000
+    needed = options.rate * window_s * BYTES_PER_IMPRESSION / options.partitions
     if needed > MOCK_BROKER_PARTITION_BYTES:
-        fits = MOCK_BROKER_PARTITION_BYTES * options.partitions / BYTES_PER_IMPRESSION / options.rate
+        fits = MOCK_BROKER_PARTITION_BYTES * options.partitions / BYTES_PER_IMPRESSION / window_s
         raise ConfigurationError(
-            f"{options.rate:.0f} impressions a second for a window of {options.attribution_window_ms / 1000:.0f} s do "
-            f"not fit the embedded broker (5 MiB a partition, {options.partitions} partitions); use a window of at "
-            f"most {fits:.0f} s, more partitions, a lower rate, or --kafka home"
+            f"{options.rate:.0f} impressions a second for a window of {window_s:.0f} s do "
+            f"not fit the embedded broker (5 MiB a partition, {options.partitions} partitions); use at most "
+            f"{fits:.0f} impressions a second, or --kafka home"
         )

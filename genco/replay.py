@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +29,7 @@ class ReplayError(RuntimeError):
 def run(
     log: Path,
     *,
-    kafka: KafkaKind | None,
+    kafka: KafkaKind,
     partitions: int,
     attribution_window_ms: int,
     label_wait_ms: int,
@@ -44,10 +43,8 @@ def run(
         ReplayError: If joiner or learner do not come to the end of it in time.
     """
     log_files(log)
-    configured = kafka is None and "GENCO_KAFKA_BOOTSTRAP_SERVERS" in os.environ
     options = LoopOptions(
-        # Beside real servers a joiner and a learner run already.
-        roles=() if configured else ("join", "learn"),
+        roles=("join", "learn"),
         kafka=kafka,
         partitions=partitions,
         attribution_window_ms=attribution_window_ms,
@@ -57,7 +54,7 @@ def run(
     )
     with Loop(options) as loop:
         settings = loop.join_settings()
-        follower = Follower(settings, from_beginning=not configured)
+        follower = Follower(settings, from_beginning=True)
         producer = kafka_producer(settings)
         wait = _Waiter(loop, follower, timeout_s)
         try:
@@ -67,7 +64,11 @@ def run(
             def make_room(summary: ReplaySummary) -> None:
                 wait.until(lambda: summary.impressions - follower.audit.num_decided < MAX_IN_FLIGHT, "the joiner")
 
-            summary = send_log(log, producer, partitions, after_chunk=make_room)
+            summary = send_log(log, producer, settings.partitions, after_chunk=make_room)
+            if not summary.impressions:
+                raise ReplayError(
+                    f"{log} holds no impression that can be read; first line left out: {summary.first_skipped}"
+                )
             wait.until(lambda: follower.audit.num_decided >= summary.impressions, "the joiner")
             manifest = _trained_manifest(loop, follower, wait)
             seconds = time.monotonic() - started
@@ -105,11 +106,17 @@ class _Waiter:
         self._timeout_s = timeout_s
 
     def until(self, is_done: Callable[[], bool], whom: str) -> None:
-        deadline = time.monotonic() + self._timeout_s
+        """Return when it is done; the time allowed starts again whenever the topics move."""
+        audit = self._follower.audit
+        seen = -1
         while True:
             with self._follower.lock:
                 if is_done():
                     return
+                consumed = audit.consumed.total()
+            if consumed != seen:
+                seen = consumed
+                deadline = time.monotonic() + self._timeout_s
             if self._follower.failure is not None:
                 raise ReplayError(f"reading the topics failed: {self._follower.failure}")
             if failure := self._loop.supervisor.failure:

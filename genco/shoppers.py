@@ -230,6 +230,8 @@ def run(
     with Client(url, token=token, timeout_s=5.0) as client:
         shoppers = Shoppers(World(config), client, rate=rate, seed=seed)
         shoppers.run(seconds, lambda line: _tell(line, status), lambda: bool(stopped))
+    if not shoppers.totals.decisions and not stopped:
+        raise ConnectionError(f"no server made a decision at {url}; start one with: genco serve")
     return 0
 
 

@@ -10,12 +10,13 @@ import logging
 from typing import Any
 
 import faust
+import torch
 
 from learner.online import LearnerSettings, OnlineLearner
 from learner.worker import InboxRecord, Worker
 from streams.app import create_app, run_worker
 from streams.clients import check_topics
-from streams.contracts.settings import LearnSettings
+from streams.contracts.settings import ConfigurationError, LearnSettings
 from streams.contracts.topics import EXAMPLES
 from streams.telemetry import MetricsServer
 
@@ -65,14 +66,28 @@ async def _seek(app: faust.App, worker: Worker) -> None:
     await app.consumer.seek(place, target)
 
 
+def _check_device(device: str) -> None:
+    """Put a number on the device.
+
+    Raises:
+        ConfigurationError: If torch cannot.
+    """
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        cause = str(error).splitlines()[0]
+        raise ConfigurationError(f"GENCO_DEVICE is {device!r}, which does not work here ({cause}); try cpu") from None
+
+
 def run(settings: LearnSettings) -> None:
     """Run the learner until SIGTERM. Does not return.
 
     Raises:
-        ConfigurationError: If the topics are missing or their partition counts differ.
+        ConfigurationError: If a topic is missing, their partition counts differ, or there is no such device.
         CheckpointError: If there are checkpoints and none can be read.
         OSError: If the metrics port is taken.
     """
+    _check_device(settings.device)
     check_topics(settings)
     metrics = MetricsServer(settings.metrics_host, settings.metrics_port) if settings.metrics_port else None
     worker = Worker(settings, OnlineLearner(LearnerSettings.from_settings(settings), device=settings.device))

@@ -411,11 +411,11 @@ def _num_partitions(producer: Producer) -> int:
     except KafkaTimeoutError as error:
         raise ConfigurationError(
             f"Kafka does not tell the partitions of {IMPRESSIONS}, {CLICKS} and {CATALOG} ({error}); either no broker "
-            "answers at GENCO_KAFKA_BOOTSTRAP_SERVERS, or create the topics with: genco topics create"
+            "answers at GENCO_KAFKA_BOOTSTRAP_SERVERS, or create the topics with: genco topics"
         ) from None
     missing = [topic for topic, count in counts.items() if count == 0]
     if missing:
-        raise ConfigurationError(f"topics {', '.join(missing)} do not exist; create them with: genco topics create")
+        raise ConfigurationError(f"topics {', '.join(missing)} do not exist; create them with: genco topics")
     if counts[IMPRESSIONS] != counts[CLICKS]:
         raise ConfigurationError(
             f"impressions has {counts[IMPRESSIONS]} partitions and clicks {counts[CLICKS]}; they must have as many"

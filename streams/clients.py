@@ -119,7 +119,7 @@ def assign_whole_topic(consumer: KafkaConsumer, topic: str) -> list[TopicPartiti
     """
     partitions = consumer.partitions_for_topic(topic)
     if not partitions:
-        raise ConfigurationError(f"topic {topic} does not exist; create the topics with: genco topics create")
+        raise ConfigurationError(f"topic {topic} does not exist; create the topics with: genco topics")
     assignment = [TopicPartition(topic, p) for p in sorted(partitions)]
     consumer.assign(assignment)
     consumer.seek_to_beginning(*assignment)
@@ -160,7 +160,7 @@ def check_topics(settings: KafkaSettings) -> int:
     counts = partitions_of(settings)
     missing = sorted(TOPICS.keys() - counts.keys())
     if missing:
-        raise ConfigurationError(f"topics {', '.join(missing)} do not exist; create them with: genco topics create")
+        raise ConfigurationError(f"topics {', '.join(missing)} do not exist; create them with: genco topics")
     joined = {name: counts[name] for name in JOINED}
     if len(set(joined.values())) > 1:
         most = max(joined.values())
@@ -174,6 +174,28 @@ def check_topics(settings: KafkaSettings) -> int:
             f"partition counts differ: {joined}; they must be equal. Stop all writers, then: {mend}"
         )
     return joined[JOINED[0]]
+
+
+def require_empty_topics(settings: KafkaSettings) -> None:
+    """Check that nobody has written impressions, clicks or examples yet.
+
+    Raises:
+        UnreachableError: If no broker answers.
+        ConfigurationError: If somebody has.
+    """
+    consumer = kafka_consumer(settings)
+    try:
+        places = [TopicPartition(name, p) for name in JOINED for p in consumer.partitions_for_topic(name) or ()]
+        written = sorted({place.topic for place, end in consumer.end_offsets(places).items() if end})
+    except (KafkaError, OSError) as error:
+        raise _refused(settings, error) from error
+    finally:
+        consumer.close()
+    if written:
+        raise ConfigurationError(
+            f"topics {', '.join(written)} at {settings.kafka_bootstrap_servers} hold records; a log has a clock of its "
+            "own and must not meet other traffic: use a Kafka of its own, or leave --kafka configured away"
+        )
 
 
 def create_topics(settings: KafkaSettings, *, replication_factor: int = -1) -> list[str]:

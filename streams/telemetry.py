@@ -22,7 +22,7 @@ import prometheus_client
 from streams.contracts.settings import ConfigurationError
 
 MAX_FIELD: Final = 256
-_PLAIN: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_PLAIN: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 
 
 class JsonFormatter(logging.Formatter):

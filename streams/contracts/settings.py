@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -35,7 +35,7 @@ class _Settings(BaseSettings):
 class KafkaSettings(_Settings):
     """How every Kafka client connects."""
 
-    kafka_bootstrap_servers: Annotated[str, Field(pattern=r"^[^,\s]+:\d+(,[^,\s]+:\d+)*$")]
+    kafka_bootstrap_servers: str
     """Brokers as host:port, separated by commas."""
     kafka_api_version: Annotated[str, Field(pattern=r"^\d+(\.\d+)*$")] | None = None
     """Protocol version to assume instead of asking the broker; the embedded broker of the demo needs 0.11."""
@@ -56,14 +56,23 @@ class KafkaSettings(_Settings):
     partitions: Annotated[int, Field(ge=1, le=10_000)] = 4
     """Partitions of the topics impressions, clicks, examples and dead_letters, which must all have the same count."""
 
+    @field_validator("kafka_bootstrap_servers")
+    @classmethod
+    def _servers(cls, value: str) -> str:
+        for server in value.split(","):
+            host, _, port = server.rpartition(":")
+            if not (host and port.isdecimal() and 0 < int(port) < 65536 and server == server.strip()):
+                raise ValueError(f"{server!r} is no host:port; expected host:port[,host:port...]")
+        return value
+
     @model_validator(mode="after")
     def _sasl(self) -> Self:
         if self.kafka_security_protocol.startswith("SASL") and not (
             self.kafka_sasl_mechanism and self.kafka_sasl_username and self.kafka_sasl_password
         ):
             raise ValueError(
-                f"kafka_security_protocol is {self.kafka_security_protocol}; "
-                "set also kafka_sasl_mechanism, kafka_sasl_username and kafka_sasl_password"
+                f"GENCO_KAFKA_SECURITY_PROTOCOL is {self.kafka_security_protocol}; "
+                "set also GENCO_KAFKA_SASL_MECHANISM, GENCO_KAFKA_SASL_USERNAME and GENCO_KAFKA_SASL_PASSWORD"
             )
         return self
 
@@ -79,7 +88,12 @@ class RedisSettings(_Settings):
     @field_validator("redis_url")
     @classmethod
     def _redis_url(cls, value: SecretStr) -> SecretStr:
-        if not re.match(r"(rediss?://[^/\s]|unix://)", value.get_secret_value()):
+        try:
+            parts = urlsplit(value.get_secret_value())
+            is_good = parts.scheme in ("redis", "rediss") and parts.hostname and parts.port != 0
+        except ValueError:  # a port that is no number
+            is_good = False
+        if not is_good:
             raise ValueError("expected redis://[user:password@]host:port/db, or rediss:// for TLS")
         return value
 
@@ -99,7 +113,7 @@ class MetricsSettings(_Settings):
     """Where a process shows its metrics."""
 
     metrics_host: str = "127.0.0.1"
-    """Address of /metrics and /healthz."""
+    """Address of /metrics."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Port of /metrics; 0: none is opened."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
@@ -110,15 +124,16 @@ class WindowSettings(_Settings):
     """When a click counts, and how long an impression waits for it."""
 
     attribution_window_ms: Annotated[int, Field(ge=1_000, le=7 * 86_400_000)] = 600_000
-    """A click this long after its impression still counts."""
+    """A click this long after its impression still counts. The same in every process."""
     label_wait_ms: Annotated[int, Field(ge=0, le=7 * 86_400_000)] = 60_000
-    """An impression leaves the joiner this long after it was shown, clicked or not (yet)."""
+    """An impression leaves the joiner this long after it was shown, clicked or not (yet). The same in every process."""
 
     @model_validator(mode="after")
     def _order(self) -> Self:
         if self.label_wait_ms > self.attribution_window_ms:
             raise ValueError(
-                f"label_wait_ms is {self.label_wait_ms}; at most attribution_window_ms ({self.attribution_window_ms})"
+                f"GENCO_LABEL_WAIT_MS is {self.label_wait_ms}; "
+                f"at most GENCO_ATTRIBUTION_WINDOW_MS ({self.attribution_window_ms})"
             )
         return self
 
@@ -165,8 +180,8 @@ class LearnSettings(KafkaSettings, RedisSettings, SigningSettings, WindowSetting
     """Seed of everything random in the learner."""
     device: str = "cpu"
     """Torch device: cpu, cuda, cuda:1."""
-    lease_ms: Annotated[int, Field(ge=1_000, le=600_000)] = 5_000
-    """How long the right to publish outlives a learner that died."""
+    lease_ms: Annotated[int, Field(ge=1_000, le=600_000)] = 15_000
+    """How long the right to learn and publish outlives a learner that died; longer than an update may take."""
 
 
 class ServeSettings(KafkaSettings, RedisSettings, SigningSettings, WindowSettings, MetricsSettings):
@@ -197,7 +212,7 @@ class ServeSettings(KafkaSettings, RedisSettings, SigningSettings, WindowSetting
     def _routes(self) -> Self:
         first, last = (int(n) for n in self.routes.split("-"))
         if not first <= last < 65536:
-            raise ValueError(f"routes is {self.routes}; expected first-last with first <= last < 65536")
+            raise ValueError(f"GENCO_ROUTES is {self.routes}; expected first-last with first <= last < 65536")
         return self
 
 
@@ -271,3 +286,24 @@ def _unknown_variables() -> Iterator[str]:
                 name[len(PREFIX) :], [known_name[len(PREFIX) :] for known_name in known], 1
             )
             yield f"{name}: no such setting" + (f"; did you mean {PREFIX}{near[0]}?" if near else "")
+
+
+def document() -> str:
+    """Return the table of all settings, the text of docs/settings.md."""
+    readers: dict[str, type[_Settings]] = {"join": JoinSettings, "learn": LearnSettings, "serve": ServeSettings}
+    fields = {name: info for settings in ALL for name, info in settings.model_fields.items()}
+    lines = [
+        "# Settings",
+        "",
+        "Environment variables. A secret may also be given as a file: the name with `_FILE` at its end. A wrong,",
+        "missing or unknown one ends the process at its start with one line and exit code 78.",
+        "",
+        "| variable | default | read by | meaning |",
+        "|---|---|---|---|",
+    ]
+    for name, info in fields.items():
+        default = "required" if info.is_required() else "-" if info.default is None else f"`{info.default}`"
+        by = ", ".join(verb for verb, settings in readers.items() if name in settings.model_fields)
+        meaning = " ".join((info.description or "").split())
+        lines.append(f"| `{PREFIX}{name.upper()}` | {default} | {by} | {meaning} |")
+    return "\n".join(lines) + "\n"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from genco.services import MockBroker, RedisServer
+from streams.contracts.settings import document
 from streams.contracts.topics import partition_counts
 
 KEY = "0123456789abcdef0123456789abcdef"
@@ -165,3 +166,57 @@ def test_check_names_what_is_wrong(broker: MockBroker) -> None:
     failed = [line for line in result.stdout.splitlines() if line.startswith("FAIL")]
     assert len(failed) == 1
     assert "127.0.0.1:1" in failed[0]
+
+
+def test_device_that_does_not_exist_is_named(broker: MockBroker, redis_server: RedisServer, tmp_path: Path) -> None:
+    result = genco(
+        "learn",
+        **broker.client_settings(),
+        **redis_server.client_settings(),
+        GENCO_SIGNING_KEY=KEY,
+        GENCO_CHECKPOINT_DIR=str(tmp_path),
+        GENCO_DEVICE="abacus",
+    )
+    assert result.returncode == 78
+    assert "GENCO_DEVICE is 'abacus'" in only_line(result)
+
+
+def test_log_without_a_readable_impression_fails_with_its_first_line(tmp_path: Path) -> None:
+    (tmp_path / "log.ndjson").write_text("not json\n")
+    result = genco("replay", str(tmp_path / "log.ndjson"))
+    assert result.returncode == 1
+    assert "log.ndjson line 1" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("verb", ["demo --seconds 1 --report", "replay x.ndjson --json"])
+def test_output_folder_that_does_not_exist_is_told_before_the_work(verb: str, tmp_path: Path) -> None:
+    result = genco(*verb.split(), str(tmp_path / "none" / "out.json"))
+    assert result.returncode == 1
+    assert "existing folder" in only_line(result)
+
+
+def test_simulation_without_a_server_fails() -> None:
+    result = genco("simulate", "--url", "http://127.0.0.1:1", "--seconds", "1")
+    assert result.returncode == 1
+    assert "genco serve" in result.stderr
+
+
+def test_replay_into_topics_with_records_is_refused() -> None:
+    from kafka import KafkaProducer
+
+    with MockBroker(partition_counts(2)) as used:
+        producer = KafkaProducer(bootstrap_servers=used.bootstrap_servers, api_version=(0, 11))
+        producer.send("clicks", b"{}", partition=0).get(timeout=10)
+        producer.close()
+        log = Path(__file__).parents[1] / "data" / "v1" / "impressions.ndjson"
+        result = genco("replay", str(log), "--kafka", "configured", **used.client_settings())
+    assert result.returncode == 78
+    assert "clicks" in only_line(result)
+
+
+def test_settings_page_is_what_the_settings_are() -> None:
+    page = Path(__file__).parents[2] / "docs" / "settings.md"
+    assert page.read_text("utf-8") == document(), (
+        "write docs/settings.md anew from streams.contracts.settings.document()"
+    )
