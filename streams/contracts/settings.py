@@ -61,7 +61,7 @@ class KafkaSettings(_Settings):
     def _servers(cls, value: str) -> str:
         for server in value.split(","):
             host, _, port = server.rpartition(":")
-            if not (host and port.isdecimal() and 0 < int(port) < 65536 and server == server.strip()):
+            if not (host and port.isdecimal() and 0 < int(port) < 65536) or any(c.isspace() for c in server):
                 raise ValueError(f"{server!r} is no host:port; expected host:port[,host:port...]")
         return value
 

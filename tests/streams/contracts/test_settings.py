@@ -141,7 +141,7 @@ def test_wrong_value_is_named(environment: pytest.MonkeyPatch, name: str, value:
     environment.setenv(f"GENCO_{name}", value)
     owner = next(settings for settings in ALL if name.lower() in settings.model_fields)
     message = fault(owner)
-    assert f"GENCO_{name}: " in message or f"{name.lower()} is {value}; " in message
+    assert f"GENCO_{name}: " in message or f"GENCO_{name} is {value}; " in message
 
 
 def test_right_values_at_their_limits_load(environment: pytest.MonkeyPatch) -> None:
@@ -257,7 +257,7 @@ def test_secrets_are_in_no_error(environment: pytest.MonkeyPatch) -> None:
 
 def test_label_wait_is_at_most_the_window(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("GENCO_ATTRIBUTION_WINDOW_MS", "30000")
-    assert "label_wait_ms is 60000; at most attribution_window_ms (30000)" in fault()
+    assert "GENCO_LABEL_WAIT_MS is 60000; at most GENCO_ATTRIBUTION_WINDOW_MS (30000)" in fault()
     environment.setenv("GENCO_LABEL_WAIT_MS", "30000")
     assert load(JoinSettings).label_wait_ms == 30_000
 
@@ -267,7 +267,7 @@ def test_sasl_needs_mechanism_user_and_password(environment: pytest.MonkeyPatch,
     environment.setenv("GENCO_KAFKA_SECURITY_PROTOCOL", protocol)
     for name, value in (("MECHANISM", "PLAIN"), ("USERNAME", "u"), ("PASSWORD", PASSWORD)):
         message = fault()
-        assert f"kafka_security_protocol is {protocol}; set also" in message
+        assert f"GENCO_KAFKA_SECURITY_PROTOCOL is {protocol}; set also" in message
         assert PASSWORD not in message
         environment.setenv(f"GENCO_KAFKA_SASL_{name}", value)
     load(JoinSettings)
