@@ -16,7 +16,7 @@ from typing import Any, Final, Generic, TypeVar, cast
 
 import msgspec
 
-from streams.contracts.events import Click, Event, Impression, impression_fault
+from streams.contracts.events import Event, Impression, impression_fault
 
 MAX_LINE_BYTES: Final = 256 * 1024
 MAX_BATCH_EVENTS: Final = 10_000
@@ -218,6 +218,3 @@ def mark_of(headers: Sequence[tuple[str, bytes]] | None) -> int | None:
             except (ValueError, TypeError):  # a header's value may be missing
                 return None
     return None
-
-
-DECODER_TYPES: Final[dict[str, type[Impression] | type[Click]]] = {"impressions": Impression, "clicks": Click}

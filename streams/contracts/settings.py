@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, TypeVar
 from urllib.parse import urlsplit
@@ -137,11 +136,6 @@ class WindowSettings(_Settings):
             )
         return self
 
-    @property
-    def attribution_window(self) -> timedelta:
-        """The window as a duration."""
-        return timedelta(milliseconds=self.attribution_window_ms)
-
 
 class JoinSettings(KafkaSettings, WindowSettings, MetricsSettings):
     """Settings of `genco join`."""
@@ -217,7 +211,6 @@ class ServeSettings(KafkaSettings, RedisSettings, SigningSettings, WindowSetting
 
 
 ALL: Final[tuple[type[_Settings], ...]] = (JoinSettings, LearnSettings, ServeSettings)
-_NOT_SETTINGS: Final = frozenset({"GENCO_LOG_DIR"})
 
 SettingsT = TypeVar("SettingsT", bound=_Settings)
 
@@ -272,7 +265,7 @@ def _is_secret(settings: type[_Settings], name: str) -> bool:
 
 
 def _unknown_variables() -> Iterator[str]:
-    known = set(variable_names()) | _NOT_SETTINGS
+    known = set(variable_names())
     known |= {
         f"{PREFIX}{name.upper()}_FILE"
         for settings in ALL

@@ -5,7 +5,6 @@ import inspect
 import pytest
 
 from streams.contracts import registry, topics
-from streams.contracts.codec import DECODER_TYPES
 from streams.contracts.topics import CATALOG, CLICKS, DEAD_LETTERS, EXAMPLES, IMPRESSIONS, JOINED, TOPICS
 
 
@@ -40,10 +39,6 @@ def test_what_everything_else_is_made_from_is_kept_for_ever() -> None:
     assert {name for name, t in TOPICS.items() if t.retention_hours is None} == {"catalog", "updates", "control"}
     # Longer than the longest outage over a weekend.
     assert all(t.retention_hours is None or t.retention_hours >= 72 for t in TOPICS.values())
-
-
-def test_every_topic_of_events_has_a_decoder() -> None:
-    assert set(DECODER_TYPES) == {IMPRESSIONS, CLICKS}
 
 
 def test_registry_keys_are_those_of_the_design_and_never_meet() -> None:
