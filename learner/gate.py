@@ -69,8 +69,8 @@ class Validation:
             return {}
         rate = self.num_clicks / self.num_examples
         out = {"ctr": rate, "log_loss": self.log_loss / self.num_examples}
-        if self.expected_clicks > 0:
-            out["calibration"] = self.num_clicks / self.expected_clicks
+        if self.num_clicks > 0:
+            out["calibration"] = self.expected_clicks / self.num_clicks
         if 0 < rate < 1:
             entropy = -rate * math.log(rate) - (1 - rate) * math.log1p(-rate)
             out["normalized_entropy"] = out["log_loss"] / entropy
@@ -178,7 +178,7 @@ def _judge_validation(metrics: Mapping[str, float], settings: GateSettings) -> l
     reasons = []
     low, high = settings.calibration
     if not low <= metrics.get("calibration", 1.0) <= high:
-        reasons.append(f"observed / expected clicks is {metrics['calibration']:.3g}; expected {low:.3g} to {high:.3g}")
+        reasons.append(f"expected / observed clicks is {metrics['calibration']:.3g}; expected {low:.3g} to {high:.3g}")
     if not metrics.get("normalized_entropy", 0.0) <= settings.max_normalized_entropy:
         reasons.append(
             f"normalized entropy is {metrics['normalized_entropy']:.3g}; expected at most "

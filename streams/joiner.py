@@ -114,6 +114,8 @@ class Joiner:
         generation = self._generation
         for partition, joiner in list(self._partitions.items()):
             caught_up = [topic for topic in JOIN_TOPICS if await self._is_caught_up(topic, partition)]
+            if generation != self._generation:
+                return
             joiner.advance(now_ms(), caught_up)
             output = joiner.take_output()
             if output is not None:

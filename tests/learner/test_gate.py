@@ -19,7 +19,7 @@ def test_sound_version_is_accepted_with_its_numbers() -> None:
     verdict = judge(tensors(), before=norms(tensors()), validation=GOOD, probed=PROBED)
     assert verdict.accepted
     assert verdict.reasons == ()
-    assert verdict.numbers["calibration"] == pytest.approx(200 / 210)
+    assert verdict.numbers["calibration"] == pytest.approx(210 / 200)
     assert verdict.numbers["norm_generator"] == pytest.approx(2.0)
 
 
@@ -33,7 +33,7 @@ def test_first_version_without_data_is_accepted() -> None:
         ({"tensors": tensors(float("nan"))}, "not finite"),
         ({"tensors": tensors(1e4)}, "norm_mean is"),
         ({"tensors": tensors(100.0)}, "times as much"),
-        ({"validation": GOOD + Validation(num_clicks=300)}, "observed / expected"),
+        ({"validation": GOOD + Validation(num_clicks=300)}, "expected / observed"),
         ({"validation": GOOD + Validation(log_loss=500.0)}, "normalized entropy"),
         ({"probed": PROBED | {"snips": 0.02, "snips_effective_size": 500.0}}, "estimated click rate"),
         ({"probed": PROBED | {"min_propensity": float("nan")}}, "smallest propensity"),
