@@ -134,20 +134,18 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
     def _begin(self, partition: int) -> None:
         """Bring a partition's staged chunks to an end, find where the archive goes on, and read from there."""
         place = TopicPartition(EXAMPLES, partition)
-        # In this order: what was staged before the commit is read cannot be younger than the commit below.
-        staged = self._folder.staged(partition)
         committed = self._consumer.committed(place, metadata=True, timeout_ms=COMMIT_TIMEOUT_MS)
         name = (committed.metadata or "") if committed else ""
-        if name in staged:
+        if name in self._folder.staged(partition):
             journal = self._folder.finish(name)
             if journal is not None:
                 logger.info("finished the chunk of an earlier owner", extra={"partition": partition, "journal": name})
                 _count(journal)
         start, lost = self._start(place, committed)
-        rest = [other for other in self._folder.staged(partition) if other in staged]
+        rest = self._folder.staged(partition)
         if rest or lost:
-            # Makes sure that this process still owns the partition, and that no earlier owner can commit any of the
-            # rest; and a gap is told once, for the next owner begins behind it.
+            # After the listing, before the removal: if this process no longer owns the partition, so that some of the
+            # rest may be its successor's, the commit fails. And a gap is told once: who comes next begins behind it.
             self._commit(partition, start, "" if lost else name)
             self._folder.discard(rest)
             logger.info("removed chunks that were never committed", extra={"partition": partition, "files": len(rest)})

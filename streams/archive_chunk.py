@@ -51,7 +51,7 @@ class Place:
     def file(self, hour: int) -> str:
         """Return the name of the file of an hour, counted from the beginning of 1970, inside the archive."""
         start = datetime.fromtimestamp(hour * HOUR_MS / 1000, UTC)
-        return f"date={start:%Y-%m-%d}/hour={start:%H}/examples-{self}.parquet"
+        return f"date={start:%Y-%m-%d}/hour={start.hour}/examples-{self}.parquet"  # 03 would be text to DuckDB
 
     @classmethod
     def of_file(cls, name: str) -> Place | None:
