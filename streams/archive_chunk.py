@@ -30,8 +30,8 @@ UNREADABLE: Final = "_unreadable"
 HOUR_MS: Final = 3_600_000
 END_OF_TIME_MS: Final = 253_402_300_800_000
 """The year 10000: later times have no name of ten characters."""
-RECORD_OVERHEAD: Final = 8_192
-"""Bytes that a record takes in memory beside its columns; without them many tiny records would pass any limit."""
+RECORD_OVERHEAD: Final = 20_480
+"""Bytes that a record takes in memory beside its value, as measured; many tiny records would pass any limit without."""
 
 _FILE: Final = re.compile(r"examples-p(\d{5,})-(\d{12,})-(\d{12,})\.parquet")
 

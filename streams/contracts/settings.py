@@ -220,7 +220,7 @@ class ArchiveSettings(KafkaSettings, MetricsSettings):
     archive_interval_ms: Annotated[int, Field(ge=100, le=3_600_000)] = 60_000
     """Examples of a partition are written this long after the first of them has been read."""
     archive_max_bytes: Annotated[int, Field(ge=2**20, le=2**40)] = 256 * 2**20
-    """Examples held in memory, over all partitions; beyond it the fullest partition is written at once."""
+    """Memory for examples, over all partitions; beyond it the fullest is written at once, which takes as much again."""
 
 
 ALL: Final[tuple[type[_Settings], ...]] = (JoinSettings, LearnSettings, ServeSettings, ArchiveSettings)
