@@ -94,11 +94,13 @@ class Chunk:
         except (ValueError, MemoryError, pa.ArrowException) as error:
             fault = str(error)
             self.unreadable[offset] = value or b""
+            self.num_bytes += len(value or b"")
         else:
             self._tables.append(table)
             self.num_rows += table.num_rows
+            self.num_bytes += table.nbytes
         self.last = offset
-        self.num_bytes += len(value or b"") + RECORD_OVERHEAD
+        self.num_bytes += RECORD_OVERHEAD
         return fault
 
     def hours(self) -> Iterator[tuple[int, Any]]:

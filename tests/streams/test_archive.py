@@ -27,7 +27,7 @@ from streams.archive import Archiver
 from streams.archive_chunk import END_OF_TIME_MS, HOUR_MS, RECORD_OVERHEAD, Chunk, Place
 from streams.archive_folder import POSITIONS, STAGING, ArchiveFolder
 from streams.archive_store import Store
-from streams.contracts.examples import EXAMPLE_SCHEMA, encode_examples
+from streams.contracts.examples import EXAMPLE_SCHEMA, decode_table, encode_examples
 from streams.contracts.settings import ConfigurationError
 
 HOUR = 1_764_000_000_000 // HOUR_MS
@@ -308,7 +308,7 @@ def test_fullest_partition_is_written_when_memory_is_full(url: str) -> None:
     large = record(*[0] * 300)
     broker = Broker([record(0)], [large] * 3)
     consumer = Consumer(broker, records_per_poll=1)
-    limit = 3 * len(large) + 2 * RECORD_OVERHEAD
+    limit = int(2.5 * (decode_table(large).nbytes + RECORD_OVERHEAD))
     archiver = Archiver(consumer, ArchiveFolder(Store(url)), interval_ms=1e9, max_bytes=limit)
     broker.assign(consumer)
     turns(archiver, 6)
