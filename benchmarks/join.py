@@ -80,7 +80,7 @@ def run(*, impressions: int | None, kafka: KafkaKind | None, peers: bool, say: S
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="genco-bench-")))
         topics = partition_counts(PARTITIONS) | dict.fromkeys(PEER_TOPICS, PARTITIONS)
         broker = stack.enter_context(BenchmarkBroker(kind, topics))
-        bench = _Bench(broker, directory, count, say)
+        bench = _Bench(broker, kind, directory, count, say)
         results = bench.run(peers=peers)
     return _report(results, kind, count)
 
@@ -88,12 +88,15 @@ def run(*, impressions: int | None, kafka: KafkaKind | None, peers: bool, say: S
 class _Bench:
     """The rounds on one broker."""
 
-    def __init__(self, broker: BenchmarkBroker, directory: Path, impressions: int, say: Say) -> None:
+    def __init__(self, broker: BenchmarkBroker, kind: KafkaKind, directory: Path, impressions: int, say: Say) -> None:
         self._broker = broker
+        self._kind = kind
         self._directory = directory
         self._impressions = impressions
         self._say = say
         self._results = _Results()
+        self._quix: Path | None = None
+        """Python that has Quix Streams; None: no use trying."""
 
     def run(self, *, peers: bool) -> _Results:
         self._turns(peers=peers)
@@ -105,18 +108,18 @@ class _Bench:
         """Let ours and the peers take turns on one log."""
         self._say(f"filling the topics: {self._impressions:,} impressions")
         log = fill_log(self._broker, traffic(self._impressions))
-        rivals = quix = None
+        rivals: Peers | None = None
         if peers:
             rivals = Peers(self._broker, traffic(min(self._impressions, MAX_PEER_IMPRESSIONS)), self._directory)
             rivals.fill()
-            quix = self._quix_python()
+            self._find_quix()
         for number in range(1, ROUNDS + 1):
             self._results.ours.append(self._ours(log, f"joiner-{number}"))
             if rivals is not None:
                 done = rivals.faust(f"faust-{number}")
                 self._results.faust.append(done)
                 self._say(f"faust-{number}: {done.rate:,.0f} impressions/s read and sent")
-                quix = self._quix_round(rivals, quix, number)
+                self._quix_round(rivals, number)
 
     def _varied(self) -> None:
         # Only now: a joiner goes on to the next log when it has come to the end of one.
@@ -140,32 +143,33 @@ class _Bench:
         )
         return done
 
-    def _quix_python(self) -> Path | None:
+    def _find_quix(self) -> None:
+        if self._kind == "embedded":
+            self._give_up_quix("it asks the broker what its topics are like, which the embedded one does not answer")
+            return
         try:
-            return quix_python(self._say)
+            self._quix = quix_python(self._say)
         except PeerUnavailableError as error:
             self._give_up_quix(str(error))
-            return None
 
-    def _quix_round(self, rivals: Peers, python: Path | None, number: int) -> Path | None:
-        """Run Quix Streams once; return its Python, or None when there is no use in another round."""
-        if python is None:
-            return None
+    def _quix_round(self, rivals: Peers, number: int) -> None:
+        if self._quix is None:
+            return
         try:
-            done = rivals.quix_join(python, f"quix-{number}")
+            done = rivals.quix_join(self._quix, f"quix-{number}")
+            self._results.quix.append(done)
+            self._say(f"quix-{number}: {done.rate:,.0f} impressions/s joined")
             if number == 1:
-                self._results.quix_pass_through = rivals.quix_pass_through(python, "quix-pass-through")
+                self._results.quix_pass_through = rivals.quix_pass_through(self._quix, "quix-pass-through")
         except BenchmarkError as error:
             self._give_up_quix(str(error))
-            return None
-        self._results.quix.append(done)
-        self._say(f"quix-{number}: {done.rate:,.0f} impressions/s joined")
-        return python
 
     def _give_up_quix(self, reason: str) -> None:
+        """Report no figure, and why."""
         self._say(f"no figure for Quix Streams: {reason}")
         self._results.quix_reason = reason
         self._results.quix.clear()
+        self._quix = None
 
 
 def _mean_bytes() -> float:
@@ -185,6 +189,7 @@ def _report(results: _Results, kind: KafkaKind, impressions: int) -> dict[str, A
         "quix_impressions_per_second": _median(quix),
         "bytes_per_open_impression": results.bytes_per_open_impression,
         "impressions_per_second_varied": _median([done.steady.rate for done in results.varied]),
+        "impressions_per_second_from_first_read": _median([done.from_first_read for done in results.ours]),
         "impressions_per_second_from_start": _median([done.from_start for done in results.ours]),
         "ratio_to_plain_faust": _median_ratio(ours, faust),
         "ratio_to_quix": _median_ratio(ours, quix),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -39,7 +39,10 @@ class JoinerRound:
     """What one joiner did with a log."""
 
     steady: Steady
-    """From the first acknowledged example that was seen to the last."""
+    """From the first acknowledged example that was seen to the last. What waits for its label at the beginning has been
+    read before, so this is too high by the share that it is of the log: 1 % of a million."""
+    from_first_read: float
+    """Impressions a second from the last look before anything was read to the last acknowledged example."""
     from_start: float
     """Impressions a second from the start of the process to the last acknowledged example."""
     max_open: int
@@ -83,10 +86,15 @@ def run_round(broker: BenchmarkBroker, log: JoinLog, group: str, directory: Path
         check.add(value)
     return JoinerRound(
         steady(samples),
+        options.impressions / (samples[-1].at_s - _before_first_read(samples, started_s)),
         options.impressions / (samples[-1].at_s - started_s),
         int(max(sample.open_impressions for sample in samples)),
         check.verdict(),
     )
+
+
+def _before_first_read(samples: Sequence[Sample], started_s: float) -> float:
+    return max((sample.at_s for sample in samples if not sample.has_read), default=started_s)
 
 
 def bytes_per_open_impression(broker: BenchmarkBroker, log: Traffic, group: str, directory: Path) -> float:
@@ -165,6 +173,15 @@ class _Joiner:
         values = self.metrics()
         if not values:
             return None
-        done = sum(value for key, value in values.items() if key.startswith(f"{name}{{") and without not in key)
-        held = values.get("genco_join_pending_examples", 0.0)
-        return Sample(time.monotonic(), done, cpu_seconds(self.process.pid), held)
+        return Sample(
+            time.monotonic(),
+            _sum(values, name, without),
+            cpu_seconds(self.process.pid),
+            values.get("genco_join_pending_examples", 0.0),
+            has_read=_sum(values, "genco_joiner_events") > 0,
+        )
+
+
+def _sum(values: Mapping[str, float], name: str, without: str = "\n") -> float:
+    """Return the sum of a metric over its labels, but for those that hold `without`."""
+    return sum(value for key, value in values.items() if key.startswith(f"{name}{{") and without not in key)

@@ -28,6 +28,8 @@ class Sample:
     cpu_s: float | None = None
     """Processor time it has used; None where there is no /proc."""
     open_impressions: float = 0.0
+    has_read: bool = True
+    """Whether the process has read anything yet."""
 
 
 @dataclass(frozen=True, slots=True)
