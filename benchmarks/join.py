@@ -110,7 +110,9 @@ class _Bench:
         log = fill_log(self._broker, traffic(self._impressions))
         rivals: Peers | None = None
         if peers:
-            rivals = Peers(self._broker, traffic(min(self._impressions, MAX_PEER_IMPRESSIONS)), self._directory)
+            count = min(self._impressions, MAX_PEER_IMPRESSIONS)
+            self._say(f"filling the peers' topics: {count:,} impressions, one a record")
+            rivals = Peers(self._broker, traffic(count), self._directory)
             rivals.fill()
             self._find_quix()
         for number in range(1, ROUNDS + 1):

@@ -18,6 +18,8 @@ from genco.services import ManagedProcess, free_port
 from streams.contracts.topics import CLICKS, EXAMPLES, IMPRESSIONS
 
 PARTITIONS: Final = 4
+IMPRESSIONS_A_SECOND: Final = 2_000
+"""Of event time: 60,000 are within the window at once, and 10,000 wait for their label."""
 ATTRIBUTION_WINDOW_MS: Final = 30_000
 LABEL_WAIT_MS: Final = 5_000
 LONGER_THAN_ANY_LOG_MS: Final = 86_400_000
@@ -51,10 +53,16 @@ class JoinerRound:
 
 def traffic(impressions: int, *, varied: bool = False) -> Traffic:
     """Return a log that ended a minute ago."""
-    options = TrafficOptions(impressions=impressions, first_ms=0, varied=varied, partitions=PARTITIONS)
-    duration_ms = impressions * 1000 // options.impressions_per_second
-    first_ms = time.time_ns() // 1_000_000 - duration_ms - 60_000
-    return Traffic(TrafficOptions(impressions=impressions, first_ms=first_ms, varied=varied, partitions=PARTITIONS))
+    duration_ms = impressions * 1000 // IMPRESSIONS_A_SECOND
+    return Traffic(
+        TrafficOptions(
+            impressions=impressions,
+            first_ms=time.time_ns() // 1_000_000 - duration_ms - 60_000,
+            impressions_per_second=IMPRESSIONS_A_SECOND,
+            varied=varied,
+            partitions=PARTITIONS,
+        )
+    )
 
 
 def fill_log(broker: BenchmarkBroker, log: Traffic) -> JoinLog:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streams.contracts.codec import END_OF_LOG_MS, encode_mark
-from streams.contracts.decision_ids import NUM_ROUTES, make_decision_id
+from streams.contracts.decision_ids import make_decision_id
 from streams.contracts.topics import CLICKS, IMPRESSIONS
 
 SLOTS: Final = ("title", "image", "highlight", "tag")
@@ -29,6 +29,8 @@ CREATIVES: Final = 24
 IMPRESSIONS_A_RECORD: Final = 256
 CLICKS_A_RECORD: Final = 32
 """Clicks are fifty times as rare, so a server collects fewer of them before it sends."""
+ROUTES: Final = 1_024
+"""Of one server, as `GENCO_ROUTES` has them by default."""
 CLICK_RATE: Final = 0.02
 MEDIAN_DELAY_MS: Final = 2_000
 DELAY_SPREAD: Final = 1.0
@@ -101,16 +103,13 @@ class Traffic:
     """Numbers of the impressions that are clicked, in the order of the clicks."""
     delays_ms: NDArray[np.int64] = field(init=False, repr=False)
     """From impression to click, for each of `clicked`."""
-    _rng: np.random.Generator = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Draw what is drawn for each impression."""
         options = self.options
         count = options.impressions
-        self._rng = rng = np.random.default_rng(options.seed)
-        routes = rng.integers(0, 1024, count)
-        if not 0 < options.partitions <= NUM_ROUTES:
-            raise ValueError(f"partitions is {options.partitions}; must be in [1, {NUM_ROUTES}]")
+        rng = np.random.default_rng(options.seed)
+        routes = rng.integers(0, ROUTES, count)
         self.partitions = routes % options.partitions
         self.times_ms = options.first_ms + np.arange(count) * 1000 // options.impressions_per_second
         self.ids = [
