@@ -93,7 +93,6 @@ class BenchmarkBroker:
                 "enable.idempotence": True,
                 "log_level": 0,  # What matters comes with the deliveries; at an end by a signal the broker goes first.
                 "compression.type": COMPRESSION,
-                "compression.level": 1 if COMPRESSION == "gzip" else -1,  # gzip's own would take minutes.
                 "queue.buffering.max.kbytes": 128 * 1024,
                 "delivery.timeout.ms": int(_TIMEOUT_S * 1000),
                 **{name.replace("_", "."): value for name, value in options.items()},

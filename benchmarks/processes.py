@@ -72,15 +72,21 @@ def watch(
                 moved_s = time.monotonic()
             samples.append(taken)
         if not process.running:
-            raise BenchmarkError(f"{process.name} ended with code {process.poll()}; it said: {process.said()}")
+            raise BenchmarkError(f"{process.name} ended with code {process.poll()}; it said: {_last_words(process)}")
         if time.monotonic() - moved_s > stall_s:
             done = samples[-1].done if samples else 0
             raise BenchmarkError(
                 f"{process.name} made no progress for {stall_s:.0f} s, {done:,.0f} of {until:,.0f} done; "
-                f"it said: {process.said()}"
+                f"it said: {_last_words(process)}"
             )
         time.sleep(every_s)
     return samples
+
+
+def _last_words(process: ManagedProcess) -> str:
+    """Return the last error in the log of a process, which others may have followed, else its end."""
+    errors = [line for line in process.last_lines(100) if "rror" in line]
+    return errors[-1][:1000] if errors else process.said()
 
 
 def steady(samples: Sequence[Sample]) -> Steady:
