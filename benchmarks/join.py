@@ -37,7 +37,7 @@ from streams.clients import COMPRESSION
 from streams.contracts.topics import IMPRESSIONS, partition_counts
 
 ROUNDS: Final = 3
-DEFAULT_IMPRESSIONS: Final[dict[KafkaKind, int]] = {"home": 1_000_000, "embedded": 20_000}
+DEFAULT_IMPRESSIONS: Final[dict[KafkaKind, int]] = {"home": 1_000_000, "embedded": 60_000}
 MAX_PEER_IMPRESSIONS: Final = 100_000
 MAX_OPEN_IMPRESSIONS: Final = 500_000
 

@@ -92,14 +92,18 @@ def _last_words(process: ManagedProcess) -> str:
 def steady(samples: Sequence[Sample]) -> Steady:
     """Return the rate between the first sample with finished work and the first with all of it.
 
+    If those are one, so that nothing is known between them, it is the rate since the first sample, which is lower.
+
     Raises:
-        BenchmarkError: If all of it was finished between two samples.
+        BenchmarkError: If all of it was finished at the first sample.
     """
     first = next(sample for sample in samples if sample.done > 0)
     last = next(sample for sample in samples if sample.done == samples[-1].done)
+    if first is last:
+        first = samples[0]
     seconds, done = last.at_s - first.at_s, last.done - first.done
     if done <= 0:
-        raise BenchmarkError("all was done between two looks at it; use more --impressions")
+        raise BenchmarkError("all was done at the first look at it; use more --impressions")
     cpu_s = None if first.cpu_s is None or last.cpu_s is None else last.cpu_s - first.cpu_s
     return Steady(done / seconds, cpu_s, done, seconds)
 

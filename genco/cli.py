@@ -295,7 +295,7 @@ def _parser() -> argparse.ArgumentParser:
     codec.set_defaults(command=_bench_codec)
     join = benches.add_parser("join", help="one joiner from Kafka to Kafka, beside plain Faust and Quix Streams")
     join.add_argument("--json", type=Path, metavar="FILE", help="write one JSON object here")
-    join.add_argument("--impressions", type=_log_size, help="in the log (1000000; embedded broker: 20000)")
+    join.add_argument("--impressions", type=_log_size, help="in the log (1000000; embedded broker: 60000)")
     join.add_argument(
         "--kafka", choices=["home", "embedded"], help="broker: the Kafka at KAFKA_HOME (default where there is one)"
     )

@@ -158,9 +158,13 @@ def test_steady_rate_leaves_out_the_start() -> None:
     assert (found.rate, found.seconds, found.done, found.cpu_s) == (400.0, 2.0, 800, 1.0)
 
 
-def test_work_between_two_looks_is_no_rate() -> None:
+def test_work_between_two_looks_is_measured_from_the_first() -> None:
+    assert steady([Sample(0.0, 0), Sample(3.0, 0), Sample(4.0, 100)]).rate == 25.0
+
+
+def test_work_before_the_first_look_is_no_rate() -> None:
     with pytest.raises(BenchmarkError, match="more --impressions"):
-        steady([Sample(0.0, 0), Sample(1.0, 100)])
+        steady([Sample(0.0, 100)])
 
 
 @pytest.mark.parametrize(
