@@ -16,6 +16,7 @@ from typing import Any
 
 import faust
 import mode
+import uvloop
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 from faust.auth import SASLCredentials, SSLCredentials
@@ -211,5 +212,6 @@ def aiokafka_options(settings: KafkaSettings) -> dict[str, Any]:
 
 def run_worker(app: faust.App) -> None:
     """Run the app until SIGTERM, SIGINT or a crash. Does not return: it exits with 0, or 1 after a crash."""
+    asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     worker = faust.Worker(app, loglevel=None, override_logging=False, redirect_stdouts=False, quiet=True)
     worker.execute_from_commandline()

@@ -21,7 +21,7 @@ from streams.contracts.examples import (
     example_batch_of,
     example_record,
 )
-from streams.impressions import Candidates, candidates_column
+from streams.impressions import Candidates, CandidatesShelf
 
 EXAMPLES_PER_RECORD: Final = 500
 RECORD_BYTES: Final = 800_000
@@ -97,10 +97,10 @@ class ExampleRecord:
         )
         return held + INDEX_BYTES * len(self)
 
-    def encode(self) -> bytes:
+    def encode(self, shelf: CandidatesShelf) -> bytes:
         """Return the value of the Kafka record; the columns are let go. May run in another thread, once at a time."""
         if self._value is None:
-            self._value = example_record(self._batch())
+            self._value = example_record(self._batch(shelf))
             self._columns, self._candidates = (), []
         return self._value
 
@@ -108,22 +108,23 @@ class ExampleRecord:
         """Return the row of a key that is in it."""
         return int(np.flatnonzero(self.keys == key)[0])
 
-    def with_clicks(self, clicks: Mapping[int, Click]) -> pa.RecordBatch:
+    def with_clicks(self, clicks: Mapping[int, Click], shelf: CandidatesShelf) -> pa.RecordBatch:
         """Return late positives: the rows of these clicks.
 
         Args:
             clicks: Row -> the click that came for it.
+            shelf: Makes the candidates, if the record was not encoded yet.
         """
-        batch = example_batch_of(self._value) if self._value is not None else self._batch()
+        batch = self._batch(shelf) if self._value is None else example_batch_of(self._value)
         rows = list(clicks)
         return labeled(
             batch.take(pa.array(rows, pa.int32())), dict(enumerate(clicks.values())), LabelKind.LATE_POSITIVE
         )
 
-    def _batch(self) -> pa.RecordBatch:
+    def _batch(self, shelf: CandidatesShelf) -> pa.RecordBatch:
         columns = pa.concat_batches(self._columns)
         names = [*columns.schema.names, "candidates"]
-        batch = pa.RecordBatch.from_arrays([*columns.columns, candidates_column(self._candidates)], names=names)
+        batch = pa.RecordBatch.from_arrays([*columns.columns, shelf.column(self._candidates)], names=names)
         return labeled(batch, self._clicks, self.kind_without_click)
 
 
@@ -172,11 +173,11 @@ class LatePositives:
         self._clicks.setdefault(record, {})[row] = click
         self._count += 1
 
-    def encode(self) -> Iterator[tuple[int, bytes]]:
+    def encode(self, shelf: CandidatesShelf) -> Iterator[tuple[int, bytes]]:
         """Yield how many examples a Kafka record holds, and its value."""
         waiting: list[pa.RecordBatch] = []
         for record, clicks in self._clicks.items():
-            batch = record.with_clicks(clicks)
+            batch = record.with_clicks(clicks, shelf)
             if waiting and not _fits(waiting, batch):
                 yield _joined(waiting)
                 waiting = []

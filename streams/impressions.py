@@ -28,7 +28,6 @@ from streams.contracts.codec import (
     MAX_LINE_BYTES,
     BadEvent,
     EventDecoder,
-    encode_context,
     has_no_other_keys,
 )
 from streams.contracts.events import (
@@ -49,6 +48,7 @@ _WireSlots = Annotated[
     Meta(min_length=1, max_length=MAX_SLOTS),
 ]
 _decode_slots = msgspec.json.Decoder(_WireSlots).decode
+_encode_json = msgspec.json.Encoder().encode
 
 COLUMN_NAMES: Final = [name for name in Impression.__struct_fields__ if name not in ("schema_version", "candidates")]
 """Columns of `ImpressionBatch.columns`: those of an example but the candidates and what the label adds."""
@@ -68,7 +68,8 @@ class Candidates(msgspec.Struct, gc=False, eq=False):
 
     def slots(self) -> Slots:
         """Return slot -> element ids, in the order of the text."""
-        return _decode_slots(self.text) if self.parsed is None else self.parsed
+        parsed = self.parsed  # another thread may let it go meanwhile
+        return _decode_slots(self.text) if parsed is None else parsed
 
     def keep_parsed(self) -> None:
         """Parse them for good."""
@@ -225,7 +226,7 @@ class ImpressionDecoder:
 
     def _from_events(self, events: Sequence[Impression], bad: Container[int]) -> ImpressionBatch:
         """Make a batch of impressions that were decoded one by one; `bad` are the lines between them."""
-        candidates = [self._cache.get(msgspec.json.encode(event.candidates)) for event in events]
+        candidates = [self._cache.get(_encode_json(event.candidates)) for event in events]
         # In the order of the candidates, which need not be that of the creative.
         lines = list(islice((line for line in count() if line not in bad), len(events)))
         flat = _Flat(events, [event.creative for event in events])
@@ -250,10 +251,16 @@ def _batch(
 ) -> ImpressionBatch:
     ids = [event.decision_id for event in events]
     starts = offsets(flat.num_slots)
-    names = pa.array(flat.names, pa.string())
+    # Mostly all impressions of a record have the same slots: Arrow repeats a few names faster than it reads many.
+    num_names = int(flat.num_slots[0]) if len(ids) else 0
+    few = flat.names[:num_names]
+    if flat.names == few * len(ids):
+        names = pa.array(few, pa.string()).take(pa.array(np.tile(np.arange(num_names, dtype=np.int32), len(ids))))
+    else:
+        names = pa.array(flat.names, pa.string())
     arrays: dict[str, pa.Array] = {
         "decision_id": pa.array(ids, pa.string()),
-        "context": pa.array([encode_context(event.context) for event in events], pa.string()),
+        "context": pa.array([_encode_json(event.context) for event in events], pa.string()),
         "creative": pa.MapArray.from_arrays(starts, names, pa.array(flat.chosen, pa.string())),
         "slot_propensities": pa.MapArray.from_arrays(starts, names, pa.array(flat.propensities)),
     }
@@ -265,21 +272,57 @@ def _batch(
     return ImpressionBatch(ids, times_ms, candidates, columns, lines)
 
 
-def candidates_column(candidates: Sequence[Candidates]) -> pa.Array:
-    """Return the column `candidates` of an example: each distinct one is made once and then copied by Arrow."""
-    distinct = dict.fromkeys(candidates)
-    slots = [found.slots() for found in distinct]
+class CandidatesShelf:
+    """Makes the column `candidates` of examples: what comes again and again is made once, and then copied by Arrow.
+
+    Args:
+        max_bytes: Of the texts of what it keeps; when they are more it begins anew.
+    """
+
+    def __init__(self, max_bytes: int = MAX_CACHED_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._clear()
+
+    def _clear(self) -> None:
+        self._array = _candidates_array([])
+        self._places: dict[Candidates, int] = {}
+        self._num_bytes = 0
+
+    def column(self, candidates: Sequence[Candidates]) -> pa.Array:
+        """Return the column of N impressions."""
+        missing = [found for found in dict.fromkeys(candidates) if found not in self._places]
+        if not missing:
+            return self._taken(candidates)
+        if all(found.parsed is not None for found in missing):
+            self._add(missing)
+            if all(found in self._places for found in candidates):
+                return self._taken(candidates)
+        # Some of them came once only, and so may all others of this kind.
+        distinct = {found: place for place, found in enumerate(dict.fromkeys(candidates))}
+        array = _candidates_array(list(distinct))
+        return array.take(pa.array([distinct[found] for found in candidates], pa.int32()))
+
+    def _taken(self, candidates: Sequence[Candidates]) -> pa.Array:
+        return self._array.take(pa.array([self._places[found] for found in candidates], pa.int32()))
+
+    def _add(self, new: Sequence[Candidates]) -> None:
+        self._num_bytes += sum(len(found.text) for found in new)
+        if self._num_bytes > self._max_bytes:
+            self._clear()
+            return
+        self._places |= {found: place for place, found in enumerate(new, len(self._array))}
+        self._array = pa.concat_arrays([self._array, _candidates_array(new)])
+
+
+def _candidates_array(candidates: Sequence[Candidates]) -> pa.Array:
+    slots = [found.slots() for found in candidates]
     lists = list(chain.from_iterable(map(dict.values, slots)))
     elements = pa.array(list(chain.from_iterable(lists)), pa.string())
-    unique = pa.MapArray.from_arrays(
+    return pa.MapArray.from_arrays(
         offsets(np.fromiter(map(len, slots), np.int32)),
         pa.array(list(chain.from_iterable(slots)), pa.string()),
         pa.ListArray.from_arrays(offsets(np.fromiter(map(len, lists), np.int32)), elements),
     )
-    if len(distinct) == len(candidates):
-        return unique
-    place = {found: number for number, found in enumerate(distinct)}
-    return unique.take(pa.array([place[found] for found in candidates], pa.int32()))
 
 
 def offsets(lengths: NDArray[np.int32]) -> pa.Array:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, cast
 
 import faust
+import pyarrow as pa
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import IllegalStateError, KafkaError
 from faust.types import TP
@@ -26,6 +27,7 @@ from streams.contracts.codec import MAX_RECORD_BYTES, mark_of
 from streams.contracts.settings import JoinSettings
 from streams.contracts.topics import CLICKS, DEAD_LETTERS, EXAMPLES, IMPRESSIONS
 from streams.event_clock import JOIN_TOPICS, JoinTopic
+from streams.impressions import CandidatesShelf
 from streams.joiner_report import JoinerReport
 from streams.reading_plan import Reading, places_to_hold
 from streams.record_decoder import RecordDecoder
@@ -49,6 +51,7 @@ class Joiner:
         self._producer: AIOKafkaProducer | None = None
         # One thread: a record's examples must be encoded before the late positives that refer to it.
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encoder")
+        self._shelf = CandidatesShelf()
         self._decoder = RecordDecoder(settings)
         self._report = JoinerReport(settings.join_memory_mb)
         self._breakers = {topic: Breaker(settings.dead_letter_max_share) for topic in JOIN_TOPICS}
@@ -235,7 +238,7 @@ class Joiner:
             raise RuntimeError("the joiner writes before it was started")
         sent = []
         for partition, output in outputs.items():
-            values = await asyncio.get_running_loop().run_in_executor(self._encoder, _encode, output)
+            values = await asyncio.get_running_loop().run_in_executor(self._encoder, _encode, output, self._shelf)
             if generation != self._generation:
                 return
             for value in values:
@@ -286,9 +289,9 @@ class Joiner:
             self._is_recovering = not self._rereading.progress(time.monotonic()).is_complete
 
 
-def _encode(output: Output) -> list[bytes]:
-    values = [record.encode() for record in output.records]
-    values += [value for _, value in output.late.encode()]
+def _encode(output: Output, shelf: CandidatesShelf) -> list[bytes]:
+    values = [record.encode(shelf) for record in output.records]
+    values += [value for _, value in output.late.encode(shelf)]
     return values
 
 
@@ -342,6 +345,8 @@ def run(settings: JoinSettings) -> None:
         OSError: If the metrics port is taken.
     """
     check_topics(settings)
+    # Arrow's own allocator gives pages back that are needed again at once; the system's keeps them.
+    pa.set_memory_pool(pa.system_memory_pool())
     metrics = MetricsServer(settings.metrics_host, settings.metrics_port) if settings.metrics_port else None
     try:
         run_worker(create_joiner_app(settings, Watchdog(settings.stall_timeout_ms / 1000)))

@@ -25,7 +25,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 SCHEMA_VERSION: Final = 1
-COMPRESSION: Final = "zstd"
+COMPRESSION: Final = "lz4"
 """Of the buffers inside a record, which any Arrow reader undoes; so the Kafka producer compresses nothing."""
 NO_DELAY: Final = -(2**62)
 """Stands for "no click" among delays; a click a little before its impression has a negative delay."""

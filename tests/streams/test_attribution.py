@@ -19,7 +19,7 @@ from streams.contracts.examples import NO_DELAY, LabelKind, decode_examples
 from streams.contracts.settings import JoinSettings
 from streams.contracts.topics import CLICKS, IMPRESSIONS
 from streams.event_clock import JOIN_TOPICS, EventClock, JoinTopic
-from streams.impressions import ImpressionDecoder
+from streams.impressions import CandidatesShelf, ImpressionDecoder
 from streams.record_decoder import RecordDecoder
 from tests.builders import clicked, shown
 
@@ -52,7 +52,8 @@ class Written:
 
 def written(output: Output) -> list[Written]:
     """Return the examples of an output, from the bytes of its records."""
-    values = [record.encode() for record in output.records] + [value for _, value in output.late.encode()]
+    shelf = CandidatesShelf()
+    values = [record.encode(shelf) for record in output.records] + [value for _, value in output.late.encode(shelf)]
     found = []
     for value in values:
         examples = decode_examples(value)
