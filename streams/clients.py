@@ -213,6 +213,8 @@ def create_topics(settings: KafkaSettings, *, replication_factor: int = -1) -> l
     try:
         for topic in TOPICS.values():
             config = {"cleanup.policy": "compact" if topic.compacted else "delete"}
+            if topic.append_time:
+                config["message.timestamp.type"] = "LogAppendTime"
             if not topic.compacted:
                 hours = topic.retention_hours
                 config["retention.ms"] = "-1" if hours is None else str(hours * 3_600_000)

@@ -33,13 +33,15 @@ class Topic:
     compacted: bool = False
     retention_hours: int | None = 72
     """None: kept for ever."""
+    append_time: bool = False
+    """Records carry the broker's time, not their producer's: one clock against which those of the events are judged."""
 
 
 TOPICS: Final = {
     topic.name: topic
     for topic in (
-        Topic(IMPRESSIONS, "NDJSON batches of Impression", partitioned=True),
-        Topic(CLICKS, "NDJSON batches of Click", partitioned=True),
+        Topic(IMPRESSIONS, "NDJSON batches of Impression", partitioned=True, append_time=True),
+        Topic(CLICKS, "NDJSON batches of Click", partitioned=True, append_time=True),
         Topic(EXAMPLES, "one Arrow IPC record batch of labeled impressions a record", partitioned=True),
         Topic(DEAD_LETTERS, "what could not be read, with reason and origin", partitioned=True, retention_hours=720),
         Topic(CATALOG, "Element, Product by kind/id", partitioned=False, compacted=True, retention_hours=None),
