@@ -30,6 +30,7 @@ from streams.attribution import (
 )
 from streams.clients import COMPRESSION, check_topics
 from streams.contracts.codec import EventDecoder, encode_context, mark_of, split_to_fit
+from streams.contracts.dead_letters import DeadLetter as DeadLetterRecord
 from streams.contracts.events import Click, Impression
 from streams.contracts.examples import encode_examples
 from streams.contracts.settings import JoinSettings
@@ -39,7 +40,6 @@ from streams.telemetry import MetricsServer, now_ms
 logger = logging.getLogger(__name__)
 
 EXAMPLES_PER_RECORD = 500
-DEAD_LETTER_BYTES = 4096
 
 _events = Gauge("genco_joiner_events", "Events of this process's partitions by bucket", ["topic", "bucket"])
 _imbalance = Gauge("genco_joiner_ledger_imbalance", "Events in no bucket or in two; must be 0")
@@ -151,14 +151,10 @@ class Joiner:
             for _, value in split_to_fit(chunk, _encode):
                 sent.append(await self._producer.send(EXAMPLES, value, partition=partition))
         for letter in dead_letters:
-            headers = [
-                ("reason", letter.bad.reason.encode()[:1024]),
-                ("topic", letter.topic.encode()),
-                ("partition", str(partition).encode()),
-                ("offset", str(letter.offset).encode()),
-                ("index", str(letter.bad.index).encode()),
-            ]
-            value = letter.bad.line[:DEAD_LETTER_BYTES]
+            bad = letter.bad
+            value, headers = DeadLetterRecord(
+                letter.topic, partition, letter.offset, bad.index, bad.reason, bad.line, len(bad.line)
+            ).encode()
             sent.append(await self._producer.send(DEAD_LETTERS, value, partition=partition, headers=headers))
         for delivery in sent:
             await delivery
