@@ -45,7 +45,11 @@ def show(selection: Selection, *, as_json: bool) -> int:
 
 
 def replay(selection: Selection, *, edit: str | None, force: bool, dry_run: bool) -> int:
-    """Send the selected letters back; return 1 if there were some and none can be sent."""
+    """Send the selected letters back.
+
+    Raises:
+        ValueError: If none of them can be sent, or the edit fails.
+    """
     settings = load(JoinSettings)
     editor = unedited if edit is None else edit_with(edit)
     with _consumer(settings) as consumer, _consumer(settings) as origins:
@@ -61,10 +65,14 @@ def replay(selection: Selection, *, edit: str | None, force: bool, dry_run: bool
         _tell_strangers(scan)
         for line in plan_lines(plan, scan.num_passed_over, settings.attribution_window_ms):
             print(line, flush=True)
-        if not plan.ready.total():
-            return 1 if plan.num_selected else 0
+        if plan.num_selected and not plan.ready.total():
+            raise ValueError(
+                f"none of {plan.num_selected} letters can be sent, for the causes above; mend the lines with --edit, "
+                "or select others"
+            )
         if dry_run:
             print("dry run: nothing was sent")
+        if dry_run or not plan.ready.total():
             return 0
         with _answers(settings):
             producer = kafka_producer(settings)
@@ -135,7 +143,7 @@ def plan_lines(plan: Plan, num_passed_over: int, window_ms: int) -> Iterator[str
     if plan.num_beyond_window:
         yield (
             f"late: {plan.num_beyond_window} are older than the attribution window ({window_ms / 1000:g} s): such an "
-            "impression becomes a negative whatever was clicked, and such a click finds no impression"
+            "impression becomes a negative though it may have been clicked, and such a click finds no impression"
         )
 
 
