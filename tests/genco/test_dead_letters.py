@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from genco.dead_letters import printable, table
 from genco.services import MockBroker
-from streams.clients import kafka_consumer, kafka_producer
+from streams.clients import assign_whole_topic, kafka_consumer, kafka_producer
 from streams.contracts.codec import encode_event
 from streams.contracts.dead_letters import DeadLetter
 from streams.contracts.events import Click
@@ -62,18 +63,18 @@ class Broker:
         return offset
 
     def lines(self, topic: str) -> dict[int, list[bytes]]:
-        consumer = kafka_consumer(self.settings, topic, consumer_timeout_ms=1_500)
         found: dict[int, list[bytes]] = {}
-        for record in consumer:
-            found.setdefault(record.partition, []).extend(record.value.split(b"\n"))
-        consumer.close()
+        with closing(kafka_consumer(self.settings)) as consumer:
+            ends = consumer.end_offsets(assign_whole_topic(consumer, topic))
+            while any(consumer.position(place) < end for place, end in ends.items()):
+                for place, records in consumer.poll(timeout_ms=500).items():
+                    for record in records:
+                        found.setdefault(place.partition, []).extend(record.value.split(b"\n"))
         return found
 
     def replayed(self) -> list[tuple[int, int]]:
-        consumer = kafka_consumer(self.settings)
-        found = [(f.letter.partition, f.offset) for f in Scan(consumer).letters(Selection(is_replayed=True))]
-        consumer.close()
-        return found
+        with closing(kafka_consumer(self.settings)) as consumer:
+            return [(f.letter.partition, f.offset) for f in Scan(consumer).letters(Selection(is_replayed=True))]
 
 
 @pytest.fixture
@@ -128,7 +129,8 @@ def test_incident_is_listed_mended_and_replayed_once(broker: Broker) -> None:
     assert again.returncode == 0
     assert again.stdout.splitlines()[0].startswith("6 were replayed before and are passed over; --again")
     assert again.stdout.splitlines()[1] == "no dead letters to replay"
-    genco("replay", "--topic", "clicks", "--partition", "1", "--edit", SED, "--again", **broker.env)
+    forced = genco("replay", "--topic", "clicks", "--partition", "1", "--edit", SED, "--again", **broker.env)
+    assert forced.stdout.splitlines()[-1] == "sent and marked as replayed: 0 impressions, 3 clicks", forced.stderr
     assert [len(lines) for _, lines in sorted(broker.lines(CLICKS).items())] == [3, 6]
 
 
