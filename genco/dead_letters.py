@@ -142,8 +142,8 @@ def plan_lines(plan: Plan, num_passed_over: int, window_ms: int) -> Iterator[str
         yield f"forced: {plan.num_forced} will be dead letters again"
     if plan.num_beyond_window:
         yield (
-            f"late: {plan.num_beyond_window} are older than the attribution window ({window_ms / 1000:g} s): such an "
-            "impression becomes a negative though it may have been clicked, and such a click finds no impression"
+            f"late: {plan.num_beyond_window} are older than the attribution window ({window_ms / 1000:g} s): their "
+            "counterparts, if they came in time, wait no longer, so such an impression counts as not clicked"
         )
 
 

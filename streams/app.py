@@ -8,34 +8,125 @@ supervisor to start it again from the log.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import ssl
+from collections.abc import Mapping, Set
 from typing import Any
 
 import faust
 import mode
-from aiokafka import AIOKafkaConsumer
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 from faust.auth import SASLCredentials, SSLCredentials
 from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread, Consumer, Transport
+from faust.types import TP
 
 from streams.contracts.settings import KafkaSettings
 
+logger = logging.getLogger(__name__)
+
 
 class _ConsumerThread(AIOKafkaConsumerThread):
-    """Faust asks the broker to wait 1.5 s for records; the embedded broker then does, even when some have come."""
+    """Faust's thread around an aiokafka consumer, with what Faust has no setting or call for."""
 
     def _create_worker_consumer(self, transport: Any) -> AIOKafkaConsumer:
         consumer = super()._create_worker_consumer(transport)
+        # Faust asks the broker to wait 1.5 s for records; the embedded broker then does, even when some have come.
         consumer._fetch_max_wait_ms = transport.fetch_max_wait_ms  # noqa: SLF001 - no setting
         return consumer
 
+    def answered_at_ms(self, place: TP) -> int | None:
+        """Return when the broker last answered a fetch of this partition, in Unix milliseconds; None: not yet."""
+        consumer = self._consumer
+        partition = TopicPartition(place.topic, place.partition)
+        if consumer is None or partition not in consumer.assignment():
+            return None
+        answered_at_ms: int | None = consumer.last_poll_timestamp(partition)
+        return answered_at_ms
 
-class _Consumer(Consumer):
+    def has_lost_its_group(self) -> bool:
+        """Say whether the task is dead that keeps the membership of the group: aiokafka never starts it again."""
+        coordinator = getattr(self._consumer, "_coordinator", None)
+        task: asyncio.Task[None] | None = getattr(coordinator, "_coordination_task", None)
+        return task is not None and task.done()
+
+    async def commit_positions(self, offsets: Mapping[TP, int]) -> bool:
+        """See `LogConsumer.commit_positions`."""
+        committed: bool = await self.call_thread(self._try_to_commit, offsets)
+        return committed
+
+    async def _try_to_commit(self, offsets: Mapping[TP, int]) -> bool:
+        # Faust's own commit ends the worker at any error, even one that the next try would not meet.
+        try:
+            await self._ensure_consumer().commit(
+                {TopicPartition(place.topic, place.partition): offset for place, offset in offsets.items()}
+            )
+        except (CommitFailedError, IllegalStateError) as error:
+            logger.info("offsets not committed: a rebalance is under way", extra={"cause": str(error)})
+            return False
+        except KafkaError as error:
+            logger.warning("offsets not committed; trying again", extra={"cause": f"{type(error).__name__}: {error}"})
+            return False
+        return True
+
+
+class LogConsumer(Consumer):
+    """Faust's consumer for agents that acknowledge by position: "everything before this offset is done".
+
+    Faust counts acknowledged records one by one, for which each must be kept in memory, and skips the records after a
+    gap in the offsets. Such agents take their topic with `acks=False` and call `commit_positions` instead.
+    """
+
+    _thread: _ConsumerThread
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._held: set[TP] = set()
+
     def _new_consumer_thread(self) -> AIOKafkaConsumerThread:
         return _ConsumerThread(self, loop=self.loop, beacon=self.beacon)
 
+    async def commit_positions(self, offsets: Mapping[TP, int]) -> bool:
+        """Commit the offset of the next record to read, for each partition; return whether the broker has it.
+
+        False is no error: what is not committed is read again by the next owner, and committed with the next call.
+        """
+        return await self._thread.commit_positions(offsets)
+
+    def committed_at_assignment(self, place: TP) -> int | None:
+        """Return from where a partition was to be read when it was assigned; None: from its beginning, or unknown."""
+        offset: int | None = self._committed_offset[place]
+        return offset
+
+    def answered_at_ms(self, place: TP) -> int | None:
+        """Return when the broker last answered a fetch of this partition, in Unix milliseconds; None: not yet."""
+        return self._thread.answered_at_ms(place)
+
+    def has_lost_its_group(self) -> bool:
+        """Say whether this consumer will never again take part in a rebalance."""
+        return self._thread.has_lost_its_group()
+
+    def hold(self, places: Set[TP]) -> None:
+        """Read nothing more from these partitions, and go on with all others.
+
+        What was fetched before is still delivered. Faust's `pause_partitions` would throw that away and go on after it.
+        """
+        for place in places - self._held:
+            super().on_buffer_full(place)
+        released = self._held - places
+        self._held = set(places)
+        for place in released:
+            self.on_buffer_drop(place)
+
+    def on_buffer_drop(self, tp: TP) -> None:
+        """Read on from a partition whose buffer has emptied, unless it is held."""
+        if tp not in self._held:
+            super().on_buffer_drop(tp)
+
 
 class _Transport(Transport):
-    Consumer = _Consumer
+    Consumer = LogConsumer
     fetch_max_wait_ms: int
 
 

@@ -3,71 +3,77 @@
 A click within the attribution window of its impression makes it positive. An impression leaves once when the watermark
 passes its time + label wait, and a second time as a late positive if its click comes after that. Positives never leave
 before the negatives of the same moment: a stream in which clicks come first would make every new element look like a
-winner until its negatives arrive.
+winner until its negatives arrive. What comes behind the watermark (from a server that was cut off for a while, or whose
+clock is behind) leaves at once, and waits for its click, or its impression, as long as if it had come in time.
 
 The Kafka log is the state store. Records are given back for acknowledgement in the order of their offsets, and only
 when every decision in them has left the attribution window and the examples made from them are acknowledged by the
 broker. After a crash the next owner reads the same records again and makes the same examples, or stronger ones.
 
-Nothing here knows Kafka, Faust or the wall clock, so the tests feed it lists.
+Ids are compared by a 64-bit hash with a secret of the process: with ten million open impressions, one new one in 10^12
+is taken for a duplicate. Nothing here knows Kafka, Faust or the wall clock, so the tests feed it lists.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final
 
-from streams.contracts.codec import END_OF_LOG_MS, BadEvent, Decoded, encode_event
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from streams.contracts.codec import END_OF_LOG_MS, BadEvent
 from streams.contracts.decision_ids import InvalidDecisionIdError, issued_at_ms
-from streams.contracts.events import Click, Impression
+from streams.contracts.events import Click
 from streams.contracts.examples import LabelKind
 from streams.contracts.settings import JoinSettings
 from streams.contracts.topics import CLICKS, IMPRESSIONS
+from streams.event_clock import JOIN_TOPICS, EventClock, JoinTopic
+from streams.example_records import EXAMPLES_PER_RECORD, INDEX_BYTES, RECORD_BYTES, ExampleRecord, LatePositives
+from streams.impressions import Candidates, ImpressionBatch
 
-JoinTopic = Literal["impressions", "clicks"]
-JOIN_TOPICS: Final[tuple[JoinTopic, JoinTopic]] = (IMPRESSIONS, CLICKS)
 AFTER_END_MS: Final = END_OF_LOG_MS + 1
 IMPRESSION_BUCKETS: Final = ("joined", "expired", "pending", "duplicate", "dead_letter")
 CLICK_BUCKETS: Final = ("joined", "pending", "late", "duplicate", "orphan", "dead_letter")
+CLICK_BYTES: Final = 600
+"""About what a click that waits for its impression costs in memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """One Kafka record of `impressions` or `clicks`, decoded."""
 
-    topic: JoinTopic
     offset: int
     timestamp_ms: int
-    """The record's own time, as its producer set it."""
-    batch: Decoded[Impression] | Decoded[Click]
+    """The record's own time: the broker's, or its producer's."""
+    events: ImpressionBatch | Sequence[Click]
+    """The topic is `impressions` if it is the former."""
+    bad: Sequence[BadEvent] = ()
     mark_ms: int | None = None
     """Not None: a mark, see `streams.contracts.codec`."""
 
-
-@dataclass(frozen=True, slots=True)
-class LabeledImpression:
-    """What the joiner has decided about an impression."""
-
-    impression: Impression
-    kind: LabelKind
-    click: Click | None
+    @property
+    def topic(self) -> JoinTopic:
+        """Where it was read."""
+        return IMPRESSIONS if isinstance(self.events, ImpressionBatch) else CLICKS
 
     @property
-    def delay_ms(self) -> int | None:
-        """Click time - impression time; None without a click."""
-        return None if self.click is None else self.click.occurred_at_ms - self.impression.occurred_at_ms
+    def num_events(self) -> int:
+        """Lines in it, good and bad."""
+        return len(self.events) + len(self.bad)
 
 
 @dataclass(frozen=True, slots=True)
-class DeadLetter:
+class BadLine:
     """An event that could not be used, and where it stood."""
 
     topic: JoinTopic
     offset: int
-    bad: BadEvent
+    event: BadEvent
 
 
 @dataclass(slots=True)
@@ -75,8 +81,9 @@ class Output:
     """What is to be written to Kafka before anything that led to it may be acknowledged."""
 
     number: int
-    examples: list[LabeledImpression]
-    dead_letters: list[DeadLetter]
+    records: list[ExampleRecord]
+    late: LatePositives
+    bad: list[BadLine]
 
 
 @dataclass(slots=True)
@@ -96,65 +103,6 @@ class Ledger:
         )
 
 
-class EventClock:
-    """The watermark of one partition over its two topics: no event before it is still expected.
-
-    A topic's own clock is the newest time seen in it. While a topic has more to read, its clock holds the watermark
-    back. Once both have been read to their ends, the newest clock goes on with the wall clock, and a topic that has
-    been read to its end trails it by `idle_timeout_ms` at most: so an idle partition, or one with rare clicks, delays
-    no label, and an event may be that late on its way before it counts as late. With `idle_timeout_ms` 0 the watermark
-    moves by events and marks alone: a replay then gives the same labels at any speed.
-    """
-
-    def __init__(self, idle_timeout_ms: int) -> None:
-        self._idle_timeout_ms = idle_timeout_ms
-        self._clock_ms: dict[JoinTopic, int] = {}
-        self._read_at_ms: int | None = None
-        self.watermark_ms: int | None = None
-
-    def observe(self, topic: JoinTopic, time_ms: int, now_ms: int) -> None:
-        """Note an event or a mark.
-
-        Args:
-            topic: Where it was read.
-            time_ms: Its event time.
-            now_ms: The wall clock.
-        """
-        self._clock_ms[topic] = max(time_ms, self._clock_ms.get(topic, time_ms))
-        self._read_at_ms = now_ms
-
-    def advance(self, now_ms: int, caught_up: frozenset[JoinTopic]) -> int | None:
-        """Return the watermark, which never goes back; None while it is unknown.
-
-        Args:
-            now_ms: The wall clock.
-            caught_up: Topics of which everything there is has been read.
-        """
-        if not self._clock_ms or self._read_at_ms is None:
-            return None
-        newest = max(self._clock_ms.values())
-        trails: int | None = None
-        if self._idle_timeout_ms:
-            if len(caught_up) == len(JOIN_TOPICS):
-                newest += now_ms - self._read_at_ms
-            trails = newest - self._idle_timeout_ms
-        clocks: list[int] = []
-        for topic in JOIN_TOPICS:
-            clock = self._clock_ms.get(topic)
-            if trails is not None and topic in caught_up:
-                clock = trails if clock is None else max(clock, trails)
-            if clock is None:
-                return self.watermark_ms
-            clocks.append(clock)
-        self.watermark_ms = max(min(clocks), self.watermark_ms if self.watermark_ms is not None else min(clocks))
-        return self.watermark_ms
-
-    def reset(self) -> None:
-        """Forget everything: another log begins."""
-        self._clock_ms.clear()
-        self.watermark_ms = None
-
-
 class _HeldRecord:
     """A record that is not handed back yet."""
 
@@ -166,15 +114,41 @@ class _HeldRecord:
         """When the watermark is beyond this, all decisions of the record have left the window."""
 
 
-class _Open:
-    """An impression inside its attribution window."""
+class _Waiting:
+    """Impressions of one record that have not left yet, in the order of their times."""
 
-    __slots__ = ("click", "emitted", "impression")
+    __slots__ = ("candidates", "clicks", "close_ms", "columns", "keys", "num_bytes", "row_bytes", "start", "times_ms")
 
-    def __init__(self, impression: Impression) -> None:
-        self.impression = impression
-        self.click: Click | None = None
-        self.emitted = False
+    def __init__(self, batch: ImpressionBatch, keys: NDArray[np.int64], close_ms: int) -> None:
+        self.columns: pa.RecordBatch = batch.columns
+        self.candidates = batch.candidates
+        self.times_ms = batch.times_ms
+        self.keys = keys
+        self.close_ms = close_ms
+        self.clicks: dict[int, Click] = {}
+        self.start = 0
+        """Rows before this one have left."""
+        column_bytes = batch.columns.nbytes + sum([len(found.text) for found in batch.candidates])
+        # Texts of candidates are mostly shared, and counted here all the same: too much rather than too little.
+        self.num_bytes = column_bytes + (INDEX_BYTES + 8) * len(batch)
+        self.row_bytes = column_bytes // len(batch) + 1
+        """Of a row in the columns of a record."""
+
+    def row_of(self, key: int) -> int:
+        return int(np.flatnonzero(self.keys == key)[0])
+
+    @property
+    def clicked(self) -> Mapping[int, Click]:
+        return self.clicks
+
+
+@dataclass(slots=True)
+class _Leaving:
+    """Rows [first, last) of a batch, about to leave."""
+
+    waiting: _Waiting
+    first: int
+    last: int
 
 
 class PartitionJoiner:
@@ -187,24 +161,27 @@ class PartitionJoiner:
     def __init__(self, settings: JoinSettings) -> None:
         self._window_ms = settings.attribution_window_ms
         self._wait_ms = settings.label_wait_ms
-        self._max_skew_ms = settings.max_future_skew_ms
+        self._kind_without_click = LabelKind.FINAL if self._wait_ms >= self._window_ms else LabelKind.PROVISIONAL
         self._clock = EventClock(settings.idle_timeout_ms)
-        self._open: dict[str, _Open] = {}
-        self._waiting: dict[str, list[tuple[Click, _HeldRecord]]] = {}
-        self._sequence = 0
-        self._to_emit: list[tuple[int, int, str]] = []
-        self._to_close: list[tuple[int, int, str]] = []
+        # Key of an open impression -> where its row is: among those that wait, or in the record it left with.
+        self._open: dict[int, _Waiting | ExampleRecord] = {}
+        self._to_emit: list[tuple[int, int, _Waiting]] = []
+        self._num_pending = 0
+        self._to_close: deque[ExampleRecord] = deque()
+        self._clicks: dict[str, list[tuple[Click, int, _HeldRecord]]] = {}
+        self._num_clicks = 0
         self._clicks_to_close: list[tuple[int, int, str]] = []
-        self._examples: list[LabeledImpression] = []
-        self._dead_letters: list[DeadLetter] = []
-        self._number = 0
+        self._sequence = 0
+        self._output = Output(1, [], LatePositives(), [])
+        self._unacknowledged: deque[Output] = deque()
         self._acknowledged = 0
+        self._bytes = 0
         # In the order of offsets.
         self._records: dict[JoinTopic, deque[_HeldRecord]] = {topic: deque() for topic in JOIN_TOPICS}
         # (offset, output that must be acknowledged first)
         self._done: dict[JoinTopic, deque[tuple[int, int]]] = {topic: deque() for topic in JOIN_TOPICS}
         self._ended: set[JoinTopic] = set()
-        self._held: list[tuple[Record, int]] = []
+        self._next_log: list[tuple[Record, int]] = []
         self._ledger = Ledger()
 
     @property
@@ -214,178 +191,273 @@ class PartitionJoiner:
 
     @property
     def num_open(self) -> int:
-        """Number of impressions and waiting clicks in memory."""
-        return len(self._open) + self._num_waiting
+        """Number of impressions inside their window and of clicks that wait, in memory."""
+        return len(self._open) + self._num_clicks
+
+    @property
+    def num_bytes(self) -> int:
+        """About how much memory they take."""
+        return self._bytes + CLICK_BYTES * self._num_clicks
+
+    def lead_ms(self, topic: JoinTopic) -> int:
+        """Return how far a topic has been read ahead of the other, in event time."""
+        return self._clock.lead_ms(topic)
 
     def ledger(self) -> Ledger:
         """Return where every event went, `pending` counted from the state itself."""
-        pending = len(self._to_emit)
-        held = Counter(record.topic for record, _ in self._held for _ in (*record.batch.events, *record.batch.bad))
+        held = Counter[str]()
+        for record, _ in self._next_log:
+            held[record.topic] += record.num_events
         return Ledger(
-            self._ledger.impressions + Counter(pending=pending + held[IMPRESSIONS]),
-            self._ledger.clicks + Counter(pending=self._num_waiting + held[CLICKS]),
+            self._ledger.impressions + Counter(pending=self._num_pending + held[IMPRESSIONS]),
+            self._ledger.clicks + Counter(pending=self._num_clicks + held[CLICKS]),
             self._ledger.consumed_impressions + held[IMPRESSIONS],
             self._ledger.consumed_clicks + held[CLICKS],
         )
-
-    @property
-    def _num_waiting(self) -> int:
-        return sum(len(clicks) for clicks in self._waiting.values())
 
     def add(self, record: Record, now_ms: int) -> None:
         """Take the next record of a topic.
 
         Args:
             record: Offsets of one topic must increase.
-            now_ms: The wall clock.
+            now_ms: A clock that only goes forward.
         """
-        if record.topic in self._ended:
+        topic = record.topic
+        if topic in self._ended:
             # The other topic's end-of-log mark is still to come: what follows belongs to the next log.
-            self._held.append((record, now_ms))
+            self._next_log.append((record, now_ms))
             return
         held = _HeldRecord(record.offset)
-        self._records[record.topic].append(held)
-        self._apply(record, held, now_ms)
-        if record.mark_ms is not None and record.mark_ms >= END_OF_LOG_MS:
-            self._end(record.topic)
+        self._records[topic].append(held)
+        if record.mark_ms is None:
+            self._apply(record, held, now_ms)
+            return
+        self._clock.observe(topic, min(record.mark_ms, END_OF_LOG_MS), now_ms)
+        if record.mark_ms >= END_OF_LOG_MS:
+            self._end(topic)
 
-    def advance(self, now_ms: int, caught_up: Iterable[JoinTopic] = ()) -> None:
+    def advance(self, read_until_ms: Mapping[JoinTopic, int]) -> None:
         """Move the watermark on and decide what has become decidable.
 
         Args:
-            now_ms: The wall clock.
-            caught_up: Topics of which everything there is has been read.
+            read_until_ms: See `EventClock.advance`.
         """
-        watermark = self._clock.advance(now_ms, frozenset(caught_up))
+        watermark = self._clock.advance(read_until_ms)
         if watermark is not None:
             self._settle(watermark)
         self._finish(0 if watermark is None else watermark)
 
     def take_output(self) -> Output | None:
-        """Return the examples and dead letters to write, or None if there are none."""
-        if not self._examples and not self._dead_letters:
+        """Return what is to be written, or None if there is nothing."""
+        output = self._output
+        if not (output.records or output.late or output.bad):
             return None
-        self._number += 1
-        output = Output(self._number, self._examples, self._dead_letters)
-        self._examples, self._dead_letters = [], []
+        self._output = Output(output.number + 1, [], LatePositives(), [])
+        self._unacknowledged.append(output)
         return output
 
     def acknowledge(self, number: int) -> None:
         """Note that the broker has this output and all before it."""
         self._acknowledged = max(self._acknowledged, number)
+        while self._unacknowledged and self._unacknowledged[0].number <= number:
+            for record in self._unacknowledged.popleft().records:
+                if not record.is_closed:  # encoded by now, and smaller
+                    self._bytes += record.num_bytes - record.counted_bytes
+                    record.counted_bytes = record.num_bytes
 
-    def take_finished(self) -> list[tuple[JoinTopic, int]]:
-        """Return the records that nothing in here needs any more, in the order of their offsets for each topic."""
-        finished: list[tuple[JoinTopic, int]] = []
+    def take_finished(self) -> dict[JoinTopic, int]:
+        """Return for each topic the last record, if there is one, that it and all before it are needed no more."""
+        finished: dict[JoinTopic, int] = {}
         for topic, done in self._done.items():
             while done and done[0][1] <= self._acknowledged:
-                finished.append((topic, done.popleft()[0]))
+                finished[topic] = done.popleft()[0]
         return finished
 
-    def _apply(self, record: Record, held: _HeldRecord, now_ms: int) -> None:
-        if record.mark_ms is not None:
-            self._clock.observe(record.topic, min(record.mark_ms, END_OF_LOG_MS), now_ms)
-            return
-        is_impression = record.topic == IMPRESSIONS
-        num_bad = len(record.batch.bad)
-        for bad in record.batch.bad:
-            self._dead_letters.append(DeadLetter(record.topic, record.offset, bad))
-        latest_ms = record.timestamp_ms + self._max_skew_ms
-        newest_ms = -1
-        for event in record.batch.events:
-            time_ms = event.occurred_at_ms
-            if time_ms > latest_ms:
-                num_bad += 1
-                reason = f"occurred_at_ms: {time_ms} is {time_ms - record.timestamp_ms} ms after its record was written"
-                self._dead_letters.append(DeadLetter(record.topic, record.offset, BadEvent(-1, reason, _line(event))))
-                continue
-            newest_ms = max(newest_ms, time_ms)
-            if isinstance(event, Impression):
-                self._impression(event)
-            else:
-                self._click(event, held)
-        num_events = len(record.batch.events) + len(record.batch.bad)
-        if is_impression:
-            self._ledger.consumed_impressions += num_events
-            self._ledger.impressions["dead_letter"] += num_bad
-        else:
-            self._ledger.consumed_clicks += num_events
-            self._ledger.clicks["dead_letter"] += num_bad
-        if newest_ms >= 0:
-            self._clock.observe(record.topic, newest_ms, now_ms)
-            held.release_ms = max(held.release_ms, newest_ms + self._window_ms)
+    # -- what comes in -----------------------------------------------------------------------------
 
-    def _impression(self, impression: Impression) -> None:
-        decision_id = impression.decision_id
-        if decision_id in self._open:
-            self._ledger.impressions["duplicate"] += 1
-            return
-        opened = self._open[decision_id] = _Open(impression)
+    def _apply(self, record: Record, held: _HeldRecord, now_ms: int) -> None:
+        topic, events = record.topic, record.events
+        self._output.bad.extend(BadLine(topic, record.offset, bad) for bad in record.bad)
+        newest_ms = -1
+        if isinstance(events, ImpressionBatch):
+            self._ledger.consumed_impressions += record.num_events
+            self._ledger.impressions["dead_letter"] += len(record.bad)
+            if len(events):
+                newest_ms = int(events.times_ms.max())
+                held.release_ms = self._closes_at(newest_ms)
+                self._impressions(events, held.release_ms)
+        else:
+            self._ledger.consumed_clicks += record.num_events
+            self._ledger.clicks["dead_letter"] += len(record.bad)
+            for click in events:
+                newest_ms = max(newest_ms, click.occurred_at_ms)
+                held.release_ms = max(held.release_ms, self._closes_at(click.occurred_at_ms))
+                self._click(click, held)
+        if newest_ms >= 0:
+            # An event may be ahead of its record by a little; one wrong clock must not take everybody's time away.
+            self._clock.observe(topic, min(newest_ms, record.timestamp_ms), now_ms)
+
+    def _closes_at(self, time_ms: int) -> int:
+        """Return until when an event is kept: a window after its time, or after its arrival if it came late."""
+        return max(time_ms, self._clock.watermark_ms or 0) + self._window_ms
+
+    def _impressions(self, batch: ImpressionBatch, close_ms: int) -> None:
+        keys = list(map(hash, batch.ids))
+        if len(set(keys)) < len(keys) or not self._open.keys().isdisjoint(keys):
+            batch, keys = self._without_duplicates(batch, keys)
+            if not keys:
+                return
+        index = np.array(keys, np.int64)
+        times_ms = batch.times_ms
+        if len(keys) > 1 and not bool((times_ms[1:] >= times_ms[:-1]).all()):
+            order = np.argsort(times_ms, kind="stable")
+            batch, index = batch.take(order), index[order]
+        waiting = _Waiting(batch, index, close_ms)
+        self._bytes += waiting.num_bytes
+        self._num_pending += len(keys)
+        self._open.update(dict.fromkeys(keys, waiting))
+        self._push(waiting)
+        if self._clicks and not self._clicks.keys().isdisjoint(batch.ids):
+            for decision_id in batch.ids:
+                for click, _, held in self._clicks.pop(decision_id, ()):
+                    self._num_clicks -= 1
+                    self._match(waiting, hash(decision_id), click, held)
+
+    def _without_duplicates(self, batch: ImpressionBatch, keys: list[int]) -> tuple[ImpressionBatch, list[int]]:
+        seen: set[int] = set()
+        rows = []
+        for row, key in enumerate(keys):
+            if key not in self._open and key not in seen:
+                seen.add(key)
+                rows.append(row)
+        self._ledger.impressions["duplicate"] += len(keys) - len(rows)
+        return batch.take(rows), [keys[row] for row in rows]
+
+    def _push(self, waiting: _Waiting) -> None:
         self._sequence += 1
-        time_ms = impression.occurred_at_ms
-        heapq.heappush(self._to_emit, (time_ms + self._wait_ms, self._sequence, decision_id))
-        heapq.heappush(self._to_close, (time_ms + self._window_ms, self._sequence, decision_id))
-        for click, held in self._waiting.pop(decision_id, ()):
-            # It is needed as long as the impression is open, which may be longer than a window after the click.
-            held.release_ms = max(held.release_ms, time_ms + self._window_ms)
-            self._match(opened, click)
+        due_ms = int(waiting.times_ms[waiting.start]) + self._wait_ms
+        heapq.heappush(self._to_emit, (due_ms, self._sequence, waiting))
 
     def _click(self, click: Click, held: _HeldRecord) -> None:
         decision_id = click.decision_id
-        opened = self._open.get(decision_id)
+        key = hash(decision_id)
+        opened = self._open.get(key)
         if opened is not None:
-            held.release_ms = max(held.release_ms, opened.impression.occurred_at_ms + self._window_ms)
-            self._match(opened, click)
+            self._match(opened, key, click, held)
             return
-        self._waiting.setdefault(decision_id, []).append((click, held))
+        close_ms = self._closes_at(click.occurred_at_ms)
+        self._clicks.setdefault(decision_id, []).append((click, close_ms, held))
+        self._num_clicks += 1
         self._sequence += 1
-        heapq.heappush(self._clicks_to_close, (click.occurred_at_ms + self._window_ms, self._sequence, decision_id))
+        heapq.heappush(self._clicks_to_close, (close_ms, self._sequence, decision_id))
 
-    def _match(self, opened: _Open, click: Click) -> None:
-        if click.occurred_at_ms - opened.impression.occurred_at_ms > self._window_ms:
+    def _match(self, opened: _Waiting | ExampleRecord, key: int, click: Click, held: _HeldRecord) -> None:
+        # It is needed as long as the impression is open, which may be longer than a window after the click.
+        held.release_ms = max(held.release_ms, opened.close_ms)
+        row = opened.row_of(key)
+        if click.occurred_at_ms - int(opened.times_ms[row]) > self._window_ms:
             self._ledger.clicks["late"] += 1
-        elif opened.click is not None:
+        elif row in opened.clicked:
             self._ledger.clicks["duplicate"] += 1
         else:
             self._ledger.clicks["joined"] += 1
-            opened.click = click
-            if opened.emitted:
-                self._ledger.impressions["expired"] -= 1
-                self._ledger.impressions["joined"] += 1
-                self._examples.append(LabeledImpression(opened.impression, LabelKind.LATE_POSITIVE, click))
+            if isinstance(opened, _Waiting):
+                opened.clicks[row] = click
+                return
+            opened.clicked.add(row)
+            self._ledger.impressions["expired"] -= 1
+            self._ledger.impressions["joined"] += 1
+            self._output.late.add(opened, row, click)
+
+    # -- what goes out -----------------------------------------------------------------------------
+
+    def _settle(self, watermark_ms: int) -> None:
+        self._emit(watermark_ms)
+        # The watermark itself may still be the time of an event to come, so what lasts until then is not over yet.
+        while self._to_close and self._to_close[0].close_ms < watermark_ms:
+            record = self._to_close.popleft()
+            record.is_closed = True
+            self._bytes -= record.counted_bytes
+            for key in record.keys.tolist():
+                del self._open[key]
+        while self._clicks_to_close and self._clicks_to_close[0][0] < watermark_ms:
+            self._give_up(heapq.heappop(self._clicks_to_close)[2], watermark_ms)
+
+    def _emit(self, watermark_ms: int) -> None:
+        """Let go, in order of time, what was shown a label wait ago."""
+        leaving: list[_Leaving] = []
+        num_rows = num_bytes = 0
+        while self._to_emit and self._to_emit[0][0] <= watermark_ms:
+            waiting = heapq.heappop(self._to_emit)[2]
+            first = waiting.start
+            due = int(np.searchsorted(waiting.times_ms, watermark_ms - self._wait_ms, side="right"))
+            waiting.start = due
+            row_bytes = waiting.row_bytes
+            while first < due:
+                room = min(EXAMPLES_PER_RECORD - num_rows, max(1, (RECORD_BYTES - num_bytes) // row_bytes))
+                last = min(due, first + room)
+                leaving.append(_Leaving(waiting, first, last))
+                num_rows += last - first
+                num_bytes += (last - first) * row_bytes
+                first = last
+                if num_rows >= EXAMPLES_PER_RECORD or num_bytes + row_bytes > RECORD_BYTES:
+                    self._leave(leaving)
+                    leaving, num_rows, num_bytes = [], 0, 0
+            if due < len(waiting.times_ms):
+                self._push(waiting)
+            else:
+                self._bytes -= waiting.num_bytes
+        if leaving:
+            self._leave(leaving)
+
+    def _leave(self, leaving: Sequence[_Leaving]) -> None:
+        """Make one record of these rows, and let their keys lead to it."""
+        clicks: dict[int, Click] = {}
+        candidates: list[Candidates] = []
+        for part in leaving:
+            if part.waiting.clicks:
+                start = len(candidates) - part.first
+                clicks |= {start + row: c for row, c in part.waiting.clicks.items() if part.first <= row < part.last}
+            candidates += part.waiting.candidates[part.first : part.last]
+        record = ExampleRecord(
+            columns=[part.waiting.columns.slice(part.first, part.last - part.first) for part in leaving],
+            candidates=candidates,
+            keys=np.concatenate([part.waiting.keys[part.first : part.last] for part in leaving]),
+            times_ms=np.concatenate([part.waiting.times_ms[part.first : part.last] for part in leaving]),
+            clicks=clicks,
+            # One after the other: nothing closes before what left earlier.
+            close_ms=max(
+                max(part.waiting.close_ms for part in leaving), self._to_close[-1].close_ms if self._to_close else 0
+            ),
+            kind_without_click=self._kind_without_click,
+        )
+        self._open.update(dict.fromkeys(record.keys.tolist(), record))
+        self._to_close.append(record)
+        self._output.records.append(record)
+        self._bytes += record.counted_bytes
+        self._num_pending -= len(record)
+        self._ledger.impressions["joined"] += len(clicks)
+        self._ledger.impressions["expired"] += len(record) - len(clicks)
 
     def _give_up(self, decision_id: str, watermark_ms: int) -> None:
         """Count clicks that have waited a window for their impression: it has left, or there was none."""
-        waiting = self._waiting.pop(decision_id, [])
         try:
             decided_ms: int | None = issued_at_ms(decision_id)
         except InvalidDecisionIdError:
             decided_ms = None
-        for click, held in waiting:
-            if click.occurred_at_ms + self._window_ms >= watermark_ms:
-                self._waiting.setdefault(decision_id, []).append((click, held))
+        for click, close_ms, held in self._clicks.pop(decision_id, ()):
+            if close_ms >= watermark_ms:
+                self._clicks.setdefault(decision_id, []).append((click, close_ms, held))
                 continue
+            self._num_clicks -= 1
             is_late = decided_ms is not None and click.occurred_at_ms - decided_ms > self._window_ms
             self._ledger.clicks["late" if is_late else "orphan"] += 1
-
-    def _settle(self, watermark_ms: int) -> None:
-        while self._to_emit and self._to_emit[0][0] <= watermark_ms:
-            opened = self._open[heapq.heappop(self._to_emit)[2]]
-            opened.emitted = True
-            certain = opened.click is not None or self._wait_ms >= self._window_ms
-            kind = LabelKind.FINAL if certain else LabelKind.PROVISIONAL
-            self._ledger.impressions["joined" if opened.click is not None else "expired"] += 1
-            self._examples.append(LabeledImpression(opened.impression, kind, opened.click))
-        # The watermark itself may still be the time of an event to come, so what lasts until then is not over yet.
-        while self._to_close and self._to_close[0][0] < watermark_ms:
-            del self._open[heapq.heappop(self._to_close)[2]]
-        while self._clicks_to_close and self._clicks_to_close[0][0] < watermark_ms:
-            self._give_up(heapq.heappop(self._clicks_to_close)[2], watermark_ms)
 
     def _finish(self, watermark_ms: int) -> None:
         # Everything decided so far leaves with the output of this number. So this must follow `_settle` at the same
         # watermark, or a record would count as finished before its examples are made.
-        last = self._number + (1 if self._examples or self._dead_letters else 0)
+        output = self._output
+        last = output.number if output.records or output.late or output.bad else output.number - 1
         for topic, records in self._records.items():
             while records and records[0].release_ms < watermark_ms:
                 self._done[topic].append((records.popleft().offset, last))
@@ -400,10 +472,6 @@ class PartitionJoiner:
         self._finish(AFTER_END_MS + 1)
         self._ended.clear()
         self._clock.reset()
-        held, self._held = self._held, []
-        for record, read_at_ms in held:
+        next_log, self._next_log = self._next_log, []
+        for record, read_at_ms in next_log:
             self.add(record, read_at_ms)
-
-
-def _line(event: Impression | Click) -> bytes:
-    return encode_event(event)

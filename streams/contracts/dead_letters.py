@@ -34,7 +34,8 @@ class DeadLetter:
     partition: int
     offset: int
     index: int
-    """Place of the line in its record, from 0; -1 if it was decoded and refused later, so that its place is unknown."""
+    """Place of the line in its record, from 0, blank lines not counted; -1: unknown. The first joiners wrote -1 when
+    they refused an event for its time, and `line` is then the event, written anew."""
     reason: str
     """Field and cause, for a person."""
     line: bytes

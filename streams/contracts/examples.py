@@ -25,6 +25,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 SCHEMA_VERSION: Final = 1
+COMPRESSION: Final = "zstd"
+"""Of the buffers inside a record, which any Arrow reader undoes; so the Kafka producer compresses nothing."""
 NO_DELAY: Final = -(2**62)
 """Stands for "no click" among delays; a click a little before its impression has a negative delay."""
 
@@ -147,10 +149,21 @@ def encode_examples(columns: Mapping[str, Sequence[Any]]) -> bytes:
         raise ValueError(f"examples lack the column {missing}; expected {EXAMPLE_SCHEMA.names}") from None
     except (pa.ArrowInvalid, pa.ArrowTypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"a column of examples does not fit the schema: {error}") from error
+    return example_record(pa.RecordBatch.from_arrays(arrays, schema=EXAMPLE_SCHEMA))
+
+
+def example_record(batch: pa.RecordBatch) -> bytes:
+    """Return the value of one Kafka record: an Arrow IPC stream with this batch of `EXAMPLE_SCHEMA`, compressed."""
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, EXAMPLE_SCHEMA) as writer:
-        writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=EXAMPLE_SCHEMA))
+    with pa.ipc.new_stream(sink, EXAMPLE_SCHEMA, options=pa.ipc.IpcWriteOptions(compression=COMPRESSION)) as writer:
+        writer.write_batch(batch)
     return bytes(sink.getvalue())
+
+
+def example_batch_of(value: bytes) -> pa.RecordBatch:
+    """Return the batch of a value that `example_record` made."""
+    with pa.ipc.open_stream(value) as reader:
+        return reader.read_next_batch()
 
 
 def decode_examples(value: bytes) -> ExampleBatch:
@@ -180,7 +193,8 @@ def decode_examples(value: bytes) -> ExampleBatch:
         contexts = [msgspec.json.decode(text, type=dict[str, ContextValue]) for text in columns["context"]]
     except KeyError as missing:
         raise ValueError(f"examples lack the column {missing}; expected {EXAMPLE_SCHEMA.names}") from None
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, msgspec.DecodeError) as error:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, MemoryError, msgspec.DecodeError) as error:
+        # MemoryError: damaged bytes may claim that a buffer is larger than any memory.
         raise ValueError(f"not a record of examples: {error}") from error
     return ExampleBatch(
         decision_id=columns["decision_id"],

@@ -37,7 +37,7 @@ class KafkaSettings(_Settings):
     kafka_bootstrap_servers: str
     """Brokers as host:port, separated by commas."""
     kafka_api_version: Annotated[str, Field(pattern=r"^\d+(\.\d+)*$")] | None = None
-    """Protocol version to assume instead of asking the broker; the embedded broker of the demo needs 0.11."""
+    """Protocol version to assume instead of asking the broker; the embedded broker of the demo needs 2.1."""
     kafka_fetch_max_wait_ms: Annotated[int, Field(ge=1, le=10_000)] = 500
     """How long the broker may wait for records before it answers that there are none."""
     kafka_session_timeout_ms: Annotated[int, Field(ge=6_000, le=300_000)] = 30_000
@@ -149,8 +149,19 @@ class JoinSettings(KafkaSettings, WindowSettings, MetricsSettings):
     more. 0: it does until its next event or mark, for logs whose clocks go on by marks alone."""
     max_future_skew_ms: Annotated[int, Field(ge=0, le=86_400_000)] = 60_000
     """An event this far ahead of its record's own time has a wrong clock and goes to the dead letters."""
+    max_event_age_ms: Annotated[int, Field(ge=0)] = 30 * 86_400_000
+    """An event this much older than its record has a wrong clock, or its time is in seconds, and goes to the dead
+    letters. 0: any age, for old logs."""
     emit_linger_ms: Annotated[int, Field(ge=0, le=10_000)] = 200
     """Examples are collected this long into one record."""
+    join_memory_mb: Annotated[int, Field(ge=16, le=1_000_000)] = 2_048
+    """What open impressions and waiting clicks may take, in MiB. At the limit nothing more is read until some are
+    closed; the process needs about 300 MiB beside."""
+    dead_letter_max_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+    """When more than this share of a topic's newest 500 to 1,000 events is bad, the joiner stops reading: it is another
+    schema, not a bad line. 1: never."""
+    stall_timeout_ms: Annotated[int, Field(ge=10_000, le=3_600_000)] = 60_000
+    """A joiner that makes no progress for so long ends itself, to be started anew."""
 
 
 class LearnSettings(KafkaSettings, RedisSettings, SigningSettings, WindowSettings, MetricsSettings):

@@ -13,7 +13,7 @@ import pytest
 
 from genco.follow import Follower
 from genco.loop import KafkaKind, Loop, LoopOptions
-from streams.clients import kafka_consumer, kafka_producer
+from streams.clients import assign_whole_topic, kafka_consumer, kafka_producer
 from streams.contracts.codec import MAX_LINE_BYTES, encode_event
 from streams.contracts.events import Click, Impression
 from streams.contracts.examples import decode_examples
@@ -21,15 +21,21 @@ from streams.contracts.settings import KafkaSettings
 from streams.contracts.topics import CLICKS, EXAMPLES, IMPRESSIONS
 
 NUM_RENAMED = 20
-NUM_LETTERS = NUM_RENAMED + 2  # one that is too long besides, and one that is hopeless
+NUM_IMPRESSIONS = NUM_RENAMED + 2  # one that is too long besides, and one from before the attribution window
+NUM_LETTERS = NUM_IMPRESSIONS + 2  # the click of the latter, and a line that is hopeless
+HOUR_MS = 3_600_000
 
 EDIT = """
 import json, sys
 for line in sys.stdin:
-    event = json.loads(line)
-    event["product_id"] = event.pop("product", "p")
+    try:
+        event = json.loads(line)
+    except ValueError:
+        print(line.strip())
+        continue
     event.pop("padding", None)
-    print(json.dumps(event))
+    renamed = {"product": "product_id", "at": "occurred_at_ms"}
+    print(json.dumps({renamed.get(name, name): value for name, value in event.items()}))
 """
 
 
@@ -43,17 +49,20 @@ def impression(number: int, now_ms: int) -> bytes:
     return encode_event(event).replace(b'"product_id"', b'"product"')
 
 
+def click(number: int, time_ms: int) -> bytes:
+    return encode_event(Click(schema_version=1, decision_id=f"0.{number}", occurred_at_ms=time_ms))
+
+
 def write_incident(settings: KafkaSettings) -> None:
     now_ms = int(time.time() * 1000)
     padded = impression(NUM_RENAMED, now_ms)[:-1] + b',"padding":"' + b"x" * MAX_LINE_BYTES + b'"}'
+    old = impression(NUM_RENAMED + 1, now_ms - HOUR_MS)
+    old_click = click(NUM_RENAMED + 1, now_ms - HOUR_MS).replace(b'"occurred_at_ms"', b'"at"')
     impressions = [impression(number, now_ms) for number in range(NUM_RENAMED)]
-    clicks = [
-        encode_event(Click(schema_version=1, decision_id=f"0.{n}", occurred_at_ms=now_ms + 1))
-        for n in range(NUM_RENAMED + 1)
-    ]
+    clicks = [click(number, now_ms) for number in range(NUM_RENAMED + 1)]
     producer = kafka_producer(settings)
-    producer.send(IMPRESSIONS, value=b"\n".join([*impressions, padded]), partition=0)
-    producer.send(CLICKS, value=b"\n".join([*clicks, b"hopeless"]), partition=0)
+    producer.send(IMPRESSIONS, value=b"\n".join([*impressions, padded, old]), partition=0)
+    producer.send(CLICKS, value=b"\n".join([*clicks, old_click, b"hopeless"]), partition=0)
     producer.flush()
     producer.close()
 
@@ -78,18 +87,21 @@ def letters(env: dict[str, str], loop: Loop) -> list[dict[str, Any]]:
     return rows
 
 
-def examples(settings: KafkaSettings, num: int, loop: Loop) -> list[tuple[str, int, str, int]]:
-    """Return (decision_id, label, product_id, seed) of so many examples."""
-    rows: list[tuple[str, int, str, int]] = []
-    deadline = time.monotonic() + 30
-    with closing(kafka_consumer(settings, EXAMPLES)) as consumer:
-        while len(rows) < num:
-            assert time.monotonic() < deadline, (len(rows), loop.supervisor.last_lines("join"))
+def strongest_examples(settings: KafkaSettings, loop: Loop) -> list[tuple[str, int, str, int]]:
+    """Return (decision_id, label, product_id, seed) of each decision, once all are positive."""
+    strongest: dict[str, tuple[str, int, str, int]] = {}
+    deadline = time.monotonic() + 40
+    with closing(kafka_consumer(settings)) as consumer:
+        places = assign_whole_topic(consumer, EXAMPLES)
+        while sum(label for _, label, *_ in strongest.values()) < NUM_IMPRESSIONS:
+            told = (strongest, consumer.end_offsets(places), loop.supervisor.last_lines("join"))
+            assert time.monotonic() < deadline, told
             for records in consumer.poll(timeout_ms=500).values():
                 for batch in (decode_examples(record.value) for record in records):
                     columns = (batch.decision_id, batch.label.tolist(), batch.product_id, batch.seed.tolist())
-                    rows += zip(*columns, strict=True)
-    return rows
+                    for row in zip(*columns, strict=True):
+                        strongest[row[0]] = max(row, strongest.get(row[0], row))
+    return sorted(strongest.values())
 
 
 def drained_ledger(follower: Follower) -> dict[str, Any]:
@@ -113,8 +125,8 @@ def run_and_check(tmp_path: Path, kafka: KafkaKind) -> None:
         # The audit sees the marks too, and every event has its place.
         ledger = drained_ledger(follower)
     assert ledger["imbalance"] == 0, ledger
-    assert ledger["impressions"]["dead_letter"] == ledger["impressions"]["joined"] == NUM_RENAMED + 1
-    assert ledger["clicks"] | {"joined": NUM_RENAMED + 1, "dead_letter": 1} == ledger["clicks"]
+    assert ledger["impressions"]["dead_letter"] == ledger["impressions"]["joined"] == NUM_IMPRESSIONS
+    assert ledger["clicks"] | {"joined": NUM_IMPRESSIONS, "dead_letter": 2} == ledger["clicks"]
 
 
 def mend_and_check(loop: Loop, edit: str) -> None:
@@ -122,21 +134,20 @@ def mend_and_check(loop: Loop, edit: str) -> None:
     settings = loop.join_settings()
     write_incident(settings)
     rows = [row for row in letters(env, loop) if row["topic"] == IMPRESSIONS]
-    assert [(row["offset"], row["index"]) for row in rows] == [(0, index) for index in range(NUM_RENAMED + 1)]
+    assert [(row["offset"], row["index"]) for row in rows] == [(0, index) for index in range(NUM_IMPRESSIONS)]
     assert [row["index"] for row in rows if row["cut"]] == [NUM_RENAMED]
     table = dead_letters(env, "list").splitlines()
-    assert table[1].split()[:3] == ["impressions", str(NUM_RENAMED), "0"]
+    assert table[1].split()[:3] == ["impressions", str(NUM_RENAMED + 1), "0"]
     assert table[1].endswith("event: Object missing required field `product_id`")
 
-    said = dead_letters(env, "replay", "--topic", "impressions", "--since", "1h", "--edit", edit)
-    assert said.splitlines() == [
-        f"of {NUM_RENAMED + 1} letters {NUM_RENAMED + 1} can be sent: {NUM_RENAMED + 1} impressions, 0 clicks",
-        f"sent and marked as replayed: {NUM_RENAMED + 1} impressions, 0 clicks",
-    ]
-    made = examples(settings, NUM_RENAMED + 1, loop)
-    assert sorted(made) == sorted((f"0.{number}", 1, "p", 2**63 - 1) for number in range(NUM_RENAMED + 1))
-    rows = [row for row in letters(env, loop) if row["topic"] == IMPRESSIONS]
-    assert all(row["replayed"] for row in rows)
+    said = dead_letters(env, "replay", "--since", "1h", "--edit", edit).splitlines()
+    assert said[0] == f"of {NUM_LETTERS} letters {NUM_LETTERS - 1} can be sent: {NUM_IMPRESSIONS} impressions, 1 clicks"
+    assert said[1].startswith("left out: 1 of clicks")
+    assert said[2].startswith("late: 2 are older than the attribution window (600 s)")
+    assert said[3:] == [f"sent and marked as replayed: {NUM_IMPRESSIONS} impressions, 1 clicks"]
+    made = strongest_examples(settings, loop)
+    assert made == sorted((f"0.{number}", 1, "p", 2**63 - 1) for number in range(NUM_IMPRESSIONS))
+    assert sum(row["replayed"] for row in letters(env, loop)) == NUM_LETTERS - 1
     assert "no dead letters to replay" in dead_letters(env, "replay", "--topic", "impressions", "--edit", edit)
 
 

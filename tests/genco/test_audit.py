@@ -6,41 +6,14 @@ from typing import Any
 import pytest
 
 from genco.audit import AUDITED, Audit
-from streams.attribution import LabeledImpression
 from streams.contracts.codec import END_OF_LOG_MS, encode_batch, encode_mark
 from streams.contracts.dead_letters import DeadLetter, encode_replayed
-from streams.contracts.events import Click, Impression
-from streams.contracts.examples import LabelKind, encode_examples
+from streams.contracts.examples import LabelKind
 from streams.contracts.topics import CLICKS, DEAD_LETTERS, EXAMPLES, IMPRESSIONS
-from streams.joiner import example_columns
+from tests.builders import Labeled, clicked, examples_value, shown
 
 WINDOW, WAIT = 10_000, 2_000
 FINAL, PROVISIONAL, LATE = LabelKind.FINAL, LabelKind.PROVISIONAL, LabelKind.LATE_POSITIVE
-
-
-def shown(decision_id: str, time_ms: int = 1000) -> Impression:
-    return Impression(
-        schema_version=1,
-        decision_id=decision_id,
-        occurred_at_ms=time_ms,
-        product_id="p",
-        context={},
-        candidates={"title": ["t1"]},
-        creative={"title": "t1"},
-        slot_propensities={"title": 1.0},
-        propensity=1.0,
-        model_id="default",
-        epoch=0,
-        policy_version=0,
-        source="policy",
-        holdout=False,
-        seed=0,
-        survival_probability=1.0,
-    )
-
-
-def clicked(decision_id: str, time_ms: int = 1500) -> Click:
-    return Click(schema_version=1, decision_id=decision_id, occurred_at_ms=time_ms)
 
 
 class Loop:
@@ -66,8 +39,8 @@ class Loop:
         ]
         self.num_dead_letters = 3
 
-    def example(self, decision_id: str, kind: LabelKind, label: int) -> LabeledImpression:
-        return LabeledImpression(shown(decision_id), kind, clicked(decision_id) if label else None)
+    def example(self, decision_id: str, kind: LabelKind, label: int) -> Labeled:
+        return shown(decision_id), kind, clicked(decision_id) if label else None
 
     def records(self) -> Iterable[tuple[str, bytes, Any]]:
         for topic, events in ((IMPRESSIONS, self.impressions), (CLICKS, self.clicks)):
@@ -75,7 +48,7 @@ class Loop:
             yield topic, encode_batch(events[2:]) + b"\n".join(self.bad_lines[topic]), ()
             yield topic, *encode_mark(END_OF_LOG_MS)
         for row in self.examples:
-            yield EXAMPLES, encode_examples(example_columns([self.example(*row)])), ()
+            yield EXAMPLES, examples_value([self.example(*row)]), ()
         for _ in range(self.num_dead_letters):
             yield DEAD_LETTERS, b"x", ()
 
@@ -226,8 +199,8 @@ def audit_of(rows: list[tuple[str, LabelKind, int]], times_ms: list[int], *, par
     audit = Audit(WINDOW, WAIT)
     for offset, (row, time_ms) in enumerate(zip(rows, times_ms, strict=True)):
         decision_id, kind, label = row
-        example = LabeledImpression(shown(decision_id, time_ms), kind, clicked(decision_id, time_ms) if label else None)
-        audit.feed(EXAMPLES, partition, offset, encode_examples(example_columns([example])))
+        example = (shown(decision_id, time_ms), kind, clicked(decision_id, time_ms) if label else None)
+        audit.feed(EXAMPLES, partition, offset, examples_value([example]))
     return audit
 
 

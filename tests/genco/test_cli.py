@@ -206,7 +206,7 @@ def test_replay_into_topics_with_records_is_refused() -> None:
     from kafka import KafkaProducer
 
     with MockBroker(partition_counts(2)) as used:
-        producer = KafkaProducer(bootstrap_servers=used.bootstrap_servers, api_version=(0, 11))
+        producer = KafkaProducer(bootstrap_servers=used.bootstrap_servers, api_version=(2, 1))
         producer.send("clicks", b"{}", partition=0).get(timeout=10)
         producer.close()
         log = Path(__file__).parents[1] / "data" / "v1" / "impressions.ndjson"

@@ -26,7 +26,7 @@ def settings(tmp_path: Path) -> Iterator[LearnSettings]:
     with MockBroker(partition_counts(PARTITIONS)) as broker, RedisServer() as redis_server:
         yield LearnSettings(
             kafka_bootstrap_servers=broker.bootstrap_servers,
-            kafka_api_version="0.11",
+            kafka_api_version="2.1",
             kafka_fetch_max_wait_ms=50,
             redis_url=redis_server.url,
             signing_key="k" * 32,

@@ -282,9 +282,12 @@ def test_what_tells_the_fault_stays(reason: str) -> None:
     assert cause_of(reason) == reason
 
 
-@given(st.text("ab'\"\\[]0123456789.-e ", max_size=60))
-def test_cause_of_a_cause_is_itself(reason: str) -> None:
-    assert cause_of(cause_of(reason)) == cause_of(reason)
+@given(st.text("ab 0123456789.-e", max_size=30), st.integers(), st.floats(allow_nan=False), st.text(max_size=20))
+def test_values_of_any_kind_are_left_out_of_the_cause(field: str, number: int, real: float, quoted: str) -> None:
+    def reason(number: int, real: float, quoted: str) -> str:
+        return f"{field}: {quoted!r} at byte {abs(number)} of {number + 10**6 * (1 if number >= 0 else -1)} [{real}]"
+
+    assert cause_of(reason(number, real, quoted)) == cause_of(reason(-7, 0.5, "x"))
 
 
 def test_groups_count_by_topic_and_cause_with_times_and_example() -> None:
@@ -318,6 +321,11 @@ def test_judge_says_what_the_joiner_would_say() -> None:
     assert "ahead" in str(judge.fault(CLICKS, click_line(1, NOW_MS + 60_001))[0])
     assert judge.fault(CLICKS, click_line(1, NOW_MS - 600_000)) == (None, False)
     assert judge.fault(CLICKS, click_line(1, NOW_MS - 600_001)) == (None, True)
+    oldest_ms = NOW_MS - SETTINGS.max_event_age_ms
+    assert judge.fault(CLICKS, click_line(1, oldest_ms)) == (None, True)
+    assert "older than" in str(judge.fault(CLICKS, click_line(1, oldest_ms - 1))[0])
+    any_age = SETTINGS.model_copy(update={"max_event_age_ms": 0})
+    assert Judge(any_age, NOW_MS).fault(CLICKS, click_line(1, 0)) == (None, True)
     assert "missing required field" in str(judge.fault(IMPRESSIONS, click_line(1))[0])
     assert judge.fault(CLICKS, b" ")[0] == "event: 0 in one line; expected one"
     assert judge.fault(CLICKS, click_line(1) + b"\n" + click_line(2))[0] == "event: 2 in one line; expected one"

@@ -1,4 +1,4 @@
-"""Write the golden files of schema version 1 with the code as it stands: `python tests/data/v1/make.py --overwrite`.
+"""Write the golden files of schema version 1, with `PYTHONPATH=. python tests/data/v1/make.py --overwrite`.
 
 The files are what a release wrote, so that the next one can show that it still reads them. Make them again only for a
 new schema version, in a folder of its own; a test that fails on them has found a break of the format.
@@ -7,12 +7,11 @@ new schema version, in a folder of its own; a test that fails on them has found 
 import sys
 from pathlib import Path
 
-from streams.attribution import LabeledImpression
 from streams.contracts.codec import encode_batch
 from streams.contracts.decision_ids import make_decision_id
 from streams.contracts.events import Click, Impression
-from streams.contracts.examples import LabelKind, encode_examples
-from streams.joiner import example_columns
+from streams.contracts.examples import LabelKind
+from tests.builders import Labeled, examples_value
 
 FOLDER = Path(__file__).parent
 KEY = b"golden" * 6
@@ -90,14 +89,14 @@ def golden_clicks() -> list[Click]:
     ]
 
 
-def golden_labels() -> list[LabeledImpression]:
+def golden_labels() -> list[Labeled]:
     """Return each impression with its label: all three kinds."""
     first, second, third = golden_impressions()
     one, two, _ = golden_clicks()
     return [
-        LabeledImpression(first, LabelKind.FINAL, one),
-        LabeledImpression(second, LabelKind.LATE_POSITIVE, two),
-        LabeledImpression(third, LabelKind.PROVISIONAL, None),
+        (first, LabelKind.FINAL, one),
+        (second, LabelKind.LATE_POSITIVE, two),
+        (third, LabelKind.PROVISIONAL, None),
     ]
 
 
@@ -106,7 +105,7 @@ def main() -> int:
     files = {
         "impressions.ndjson": encode_batch(golden_impressions()),
         "clicks.ndjson": encode_batch(golden_clicks()),
-        "examples.arrow": encode_examples(example_columns(golden_labels())),
+        "examples.arrow": examples_value(golden_labels()),
     }
     if sys.argv[1:] != ["--overwrite"] and any((FOLDER / name).exists() for name in files):
         sys.stderr.write(

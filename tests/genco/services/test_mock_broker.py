@@ -17,7 +17,7 @@ from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from genco.services import MOCK_BROKER_PARTITION_BYTES, MockBroker, ServiceError
 
 TOPICS = {"impressions": 4, "clicks": 2, "groups": 3, "async": 2, "gzip": 1, "kept": 3, "large": 1}
-API_VERSION = (0, 11)
+API_VERSION = (2, 1)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_topics_have_the_partitions_asked_for(consumer):
 def test_settings_for_other_processes_name_address_and_api_version(broker):
     assert broker.client_settings() == {
         "GENCO_KAFKA_BOOTSTRAP_SERVERS": broker.bootstrap_servers,
-        "GENCO_KAFKA_API_VERSION": "0.11",
+        "GENCO_KAFKA_API_VERSION": "2.1",
         "GENCO_KAFKA_FETCH_MAX_WAIT_MS": "50",
     }
 

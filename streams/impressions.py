@@ -1,0 +1,289 @@
+"""Impressions as the joiner holds them: a record's batch, column by column.
+
+Decoding a record into one object an impression, and those into columns again, would cost most of the joiner's time and
+memory. So the values go into Arrow columns at once, and the candidates, most of an impression's bytes and mostly those
+that the product had a moment ago, are parsed once for each distinct text.
+
+What is accepted is exactly what `EventDecoder` accepts: whatever the quick way is not sure of, it decides, with its
+reasons. Nothing here knows Kafka or the clock.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, count, islice
+from operator import attrgetter
+from typing import Annotated, Final
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+from msgspec import Meta
+from numpy.typing import NDArray
+
+from streams.contracts.codec import (
+    MAX_BATCH_EVENTS,
+    MAX_LINE_BYTES,
+    BadEvent,
+    EventDecoder,
+    encode_context,
+    has_no_other_keys,
+)
+from streams.contracts.events import (
+    MAX_CANDIDATES,
+    MAX_SLOTS,
+    PROPENSITY_TOLERANCE,
+    Identifier,
+    Impression,
+)
+from streams.contracts.examples import EXAMPLE_SCHEMA
+
+MAX_CACHED_BYTES: Final = 8 * 2**20
+"""Of the texts of candidates that are kept parsed; what they are parsed into is some six times that."""
+
+Slots = dict[str, list[str]]
+_WireSlots = Annotated[
+    dict[Identifier, Annotated[list[Identifier], Meta(min_length=1, max_length=MAX_CANDIDATES)]],
+    Meta(min_length=1, max_length=MAX_SLOTS),
+]
+_decode_slots = msgspec.json.Decoder(_WireSlots).decode
+
+COLUMN_NAMES: Final = [name for name in Impression.__struct_fields__ if name not in ("schema_version", "candidates")]
+"""Columns of `ImpressionBatch.columns`: those of an example but the candidates and what the label adds."""
+COLUMN_SCHEMA: Final = pa.schema([EXAMPLE_SCHEMA.field(name) for name in COLUMN_NAMES])
+_NUM_FIELDS: Final = len(Impression.__struct_fields__)
+
+
+class Candidates(msgspec.Struct, gc=False, eq=False):
+    """The candidates of an impression, shared by all that have the same. Compared by identity."""
+
+    text: bytes
+    """JSON object: slot -> element ids."""
+    parsed: Slots | None = None
+    """None until they come a second time, and again when the cache lets them go."""
+    members: tuple[Container[str], ...] = ()
+    """The elements of each slot, as long as they are parsed."""
+
+    def slots(self) -> Slots:
+        """Return slot -> element ids, in the order of the text."""
+        return _decode_slots(self.text) if self.parsed is None else self.parsed
+
+    def keep_parsed(self) -> None:
+        """Parse them for good."""
+        self.parsed = _decode_slots(self.text)
+        self.members = tuple(map(frozenset, self.parsed.values()))
+
+    def let_go(self) -> None:
+        """Keep the text alone."""
+        self.parsed, self.members = None, ()
+
+
+class CandidatesCache:
+    """Parses each text once that comes again and again, as long as it is among the newest `max_bytes` of texts."""
+
+    def __init__(self, max_bytes: int = MAX_CACHED_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._by_text: dict[bytes, Candidates] = {}
+        self._num_bytes = 0
+        self._new: list[Candidates] = []
+
+    def get(self, text: bytes) -> Candidates:
+        """Return the candidates of a text, parsed until `settle` at least.
+
+        Raises:
+            msgspec.MsgspecError: If they are none.
+        """
+        found = self._by_text.get(text)
+        if found is None:
+            slots = _decode_slots(text)
+            found = self._by_text[text] = Candidates(text, slots, tuple(slots.values()))
+            self._num_bytes += len(text)
+            self._new.append(found)
+        elif found.parsed is None:
+            found.keep_parsed()
+        return found
+
+    def settle(self) -> None:
+        """End a batch: those that came for the first time keep only their text, and the oldest go that are too many."""
+        for found in self._new:
+            found.let_go()
+        self._new.clear()
+        while self._num_bytes > self._max_bytes:
+            text = next(iter(self._by_text))
+            self._by_text.pop(text).let_go()
+            self._num_bytes -= len(text)
+
+
+@dataclass(frozen=True, slots=True)
+class ImpressionBatch:
+    """N impressions in the order of their record."""
+
+    ids: list[str]
+    times_ms: NDArray[np.int64]
+    candidates: list[Candidates]
+    columns: pa.RecordBatch
+    """Of `COLUMN_SCHEMA`."""
+    lines: list[int]
+    """The place of each in the record, from 0."""
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self.ids)
+
+    @classmethod
+    def empty(cls) -> ImpressionBatch:
+        """Return the batch of a record without impressions."""
+        return cls([], np.empty(0, np.int64), [], pa.RecordBatch.from_pylist([], schema=COLUMN_SCHEMA), [])
+
+    def take(self, rows: Sequence[int] | NDArray[np.intp]) -> ImpressionBatch:
+        """Return the batch of these rows, in that order."""
+        index = np.asarray(rows, np.intp)
+        chosen = index.tolist()
+        return ImpressionBatch(
+            [self.ids[row] for row in chosen],
+            self.times_ms[index],
+            [self.candidates[row] for row in chosen],
+            self.columns.take(pa.array(index)),
+            [self.lines[row] for row in chosen],
+        )
+
+
+class _Wire(Impression, frozen=True, kw_only=True, gc=False):
+    """An impression whose candidates are still text."""
+
+    candidates: msgspec.Raw  # type: ignore[assignment]
+
+
+class _Flat:
+    """The mappings slot -> value of N impressions, one slot after the other."""
+
+    def __init__(self, events: Sequence[Impression], slots: Sequence[Mapping[str, object]]) -> None:
+        self.num_slots = np.fromiter(map(len, slots), np.int32, len(slots))
+        self.names = list(chain.from_iterable(slots))
+        creatives = [event.creative for event in events]
+        propensities = [event.slot_propensities for event in events]
+        # Each impression must have the slots of its candidates in their order; equal lists of all names alone do not
+        # tell where one impression ends.
+        self.is_in_order = (
+            self.names == list(chain.from_iterable(creatives)) == list(chain.from_iterable(propensities))
+            and list(map(len, creatives)) == list(map(len, propensities)) == self.num_slots.tolist()
+        )
+        self.chosen = list(chain.from_iterable(map(dict.values, creatives)))
+        self.propensities = np.fromiter(chain.from_iterable(map(dict.values, propensities)), np.float64)
+
+    def is_consistent(self, candidates: Sequence[Candidates], propensity: NDArray[np.float64]) -> bool:
+        """Say whether no impression contradicts itself, as `impression_fault` would; False also if out of order."""
+        if not self.is_in_order:
+            return False
+        members = chain.from_iterable([found.members for found in candidates])
+        if not all(map(operator.contains, members, self.chosen)):
+            return False
+        starts = np.cumsum(self.num_slots) - self.num_slots
+        products = np.multiply.reduceat(self.propensities, starts)
+        return bool((np.abs(products - propensity) <= PROPENSITY_TOLERANCE * products).all())
+
+
+class ImpressionDecoder:
+    """Decodes records of the topic `impressions`. Keep one: it holds the compiled schema and the cache."""
+
+    def __init__(self) -> None:
+        self._decode_lines = msgspec.json.Decoder(_Wire).decode_lines
+        self._exact = EventDecoder(Impression)
+        self._cache = CandidatesCache()
+
+    def decode(self, value: bytes) -> tuple[ImpressionBatch, list[BadEvent]]:
+        """Read the value of one record: the good impressions, and the bad lines. Never raises on bad bytes."""
+        try:
+            batch = self._all_good(value)
+            if batch is not None:
+                return batch, []
+            decoded = self._exact.decode_batch(value)
+            return self._from_events(decoded.events, {event.index for event in decoded.bad}), decoded.bad
+        finally:
+            self._cache.settle()
+
+    def _all_good(self, value: bytes) -> ImpressionBatch | None:
+        """Read the batch in one go; None if there is anything that a closer look must decide."""
+        try:
+            events = self._decode_lines(value)
+            candidates = [self._cache.get(bytes(event.candidates)) for event in events]
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return None
+        if not _has_a_line_each(value, len(events)):
+            return None
+        slots = [found.slots() for found in candidates]
+        flat = _Flat(events, slots)
+        propensity = np.fromiter([event.propensity for event in events], np.float64, len(events))
+        if not flat.is_consistent(candidates, propensity):
+            return None
+        num_keys = _NUM_FIELDS * len(events) + sum([len(event.context) for event in events]) + 3 * len(flat.names)
+        if not has_no_other_keys(value, num_keys):
+            return None
+        return _batch(events, candidates, flat, list(range(len(events))))
+
+    def _from_events(self, events: Sequence[Impression], bad: Container[int]) -> ImpressionBatch:
+        """Make a batch of impressions that were decoded one by one; `bad` are the lines between them."""
+        candidates = [self._cache.get(msgspec.json.encode(event.candidates)) for event in events]
+        # In the order of the candidates, which need not be that of the creative.
+        lines = list(islice((line for line in count() if line not in bad), len(events)))
+        flat = _Flat(events, [event.creative for event in events])
+        return _batch(events, candidates, flat, lines)
+
+
+def _has_a_line_each(value: bytes, num_events: int) -> bool:
+    """Say whether each of the events is on one line, of a length that is allowed.
+
+    The places of bad events are line numbers, so a value over two lines, or two on one, needs a closer look.
+    """
+    ends = np.flatnonzero(np.frombuffer(value, np.uint8) == ord("\n"))
+    if not value.endswith(b"\n"):
+        ends = np.append(ends, len(value))
+    if not 0 < num_events == len(ends) <= MAX_BATCH_EVENTS:
+        return False
+    return int(np.diff(ends, prepend=-1).max()) - 1 <= MAX_LINE_BYTES
+
+
+def _batch(
+    events: Sequence[Impression], candidates: list[Candidates], flat: _Flat, lines: list[int]
+) -> ImpressionBatch:
+    ids = [event.decision_id for event in events]
+    starts = offsets(flat.num_slots)
+    names = pa.array(flat.names, pa.string())
+    arrays: dict[str, pa.Array] = {
+        "decision_id": pa.array(ids, pa.string()),
+        "context": pa.array([encode_context(event.context) for event in events], pa.string()),
+        "creative": pa.MapArray.from_arrays(starts, names, pa.array(flat.chosen, pa.string())),
+        "slot_propensities": pa.MapArray.from_arrays(starts, names, pa.array(flat.propensities)),
+    }
+    for name in COLUMN_NAMES:
+        if name not in arrays:
+            arrays[name] = pa.array(list(map(attrgetter(name), events)), COLUMN_SCHEMA.field(name).type)
+    columns = pa.RecordBatch.from_arrays([arrays[name] for name in COLUMN_NAMES], schema=COLUMN_SCHEMA)
+    times_ms = columns.column("occurred_at_ms").to_numpy()
+    return ImpressionBatch(ids, times_ms, candidates, columns, lines)
+
+
+def candidates_column(candidates: Sequence[Candidates]) -> pa.Array:
+    """Return the column `candidates` of an example: each distinct one is made once and then copied by Arrow."""
+    distinct = dict.fromkeys(candidates)
+    slots = [found.slots() for found in distinct]
+    lists = list(chain.from_iterable(map(dict.values, slots)))
+    elements = pa.array(list(chain.from_iterable(lists)), pa.string())
+    unique = pa.MapArray.from_arrays(
+        offsets(np.fromiter(map(len, slots), np.int32)),
+        pa.array(list(chain.from_iterable(slots)), pa.string()),
+        pa.ListArray.from_arrays(offsets(np.fromiter(map(len, lists), np.int32)), elements),
+    )
+    if len(distinct) == len(candidates):
+        return unique
+    place = {found: number for number, found in enumerate(distinct)}
+    return unique.take(pa.array([place[found] for found in candidates], pa.int32()))
+
+
+def offsets(lengths: NDArray[np.int32]) -> pa.Array:
+    """Return where each of N lists of these lengths begins, and where the last ends: N + 1 numbers."""
+    ends = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=ends[1:])
+    return pa.array(ends)

@@ -1,0 +1,44 @@
+"""Which partitions the joiner must not read at the moment.
+
+Memory is bounded by reading less, never by deciding early. Both topics of a partition are read at the same event time,
+or the one that is ahead would pile up; at the memory limit nothing is read but clicks that hold the watermark back,
+since only the watermark closes impressions. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from faust.types import TP
+
+from streams.contracts.topics import CLICKS
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Where the reading of one partition of a topic stands."""
+
+    place: TP
+    lead_ms: int
+    """How far its clock is ahead of the other topic's of the same partition, 0 if it is the older one."""
+    other_is_at_end: bool
+    """The other topic has no more to read: waiting for it would be waiting for ever."""
+
+
+def places_to_hold(readings: Iterable[Reading], *, max_lead_ms: int, is_full: bool, is_stopped: bool) -> frozenset[TP]:
+    """Return the partitions to hold.
+
+    Args:
+        readings: All partitions of both topics.
+        max_lead_ms: A topic further ahead of the other waits for it.
+        is_full: The memory limit is reached.
+        is_stopped: Nothing at all may be read.
+    """
+    held = set()
+    for reading in readings:
+        is_ahead = reading.lead_ms > max_lead_ms and not reading.other_is_at_end
+        may_help = reading.place.topic == CLICKS and reading.lead_ms == 0
+        if is_stopped or is_ahead or (is_full and not may_help):
+            held.add(reading.place)
+    return frozenset(held)
