@@ -45,7 +45,8 @@ class Broker:
 
     def __init__(self, broker: MockBroker) -> None:
         self.env = broker.client_settings()
-        self.settings = KafkaSettings(kafka_bootstrap_servers=broker.bootstrap_servers, kafka_api_version="0.11")
+        values = {name.removeprefix("GENCO_").lower(): value for name, value in self.env.items()}
+        self.settings = KafkaSettings.model_validate(values)
 
     def write(self, *letters: DeadLetter) -> None:
         producer = kafka_producer(self.settings)
