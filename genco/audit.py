@@ -47,9 +47,16 @@ class _Waiting:
 class Audit:
     """Feed it every record of the audited topics, in any interleaving."""
 
-    def __init__(self, attribution_window_ms: int, label_wait_ms: int, max_future_skew_ms: int = 60_000) -> None:
+    def __init__(
+        self,
+        attribution_window_ms: int,
+        label_wait_ms: int,
+        max_future_skew_ms: int = 60_000,
+        max_event_age_ms: int = 0,
+    ) -> None:
         self._window_ms = attribution_window_ms
         self._max_skew_ms = max_future_skew_ms
+        self._max_age_ms = max_event_age_ms
         self._wait_ms = label_wait_ms
         self._decisions: dict[str, _Decision] = {}
         self._impressions = EventDecoder(Impression)
@@ -73,18 +80,21 @@ class Audit:
         headers: Sequence[Any] = (),
         timestamp_ms: int | None = None,
     ) -> None:
-        """Take one record; `timestamp_ms` is its own time, against which clocks that are ahead are judged."""
+        """Take one record; `timestamp_ms` is its own time, against which the clocks of its events are judged."""
         if topic == DEAD_LETTERS:
             if replayed_of(headers) is None:
                 self._feed_dead_letter(partition, offset, value or b"", headers)
         elif topic == EXAMPLES:
             self._feed_examples(partition, offset, value or b"")
         elif mark_of(headers) is None:
-            latest_ms = math.inf if timestamp_ms is None else timestamp_ms + self._max_skew_ms
+            believed = (-math.inf, math.inf)
+            if timestamp_ms is not None:
+                earliest_ms = timestamp_ms - self._max_age_ms if self._max_age_ms else -math.inf
+                believed = (earliest_ms, timestamp_ms + self._max_skew_ms)
             if topic == IMPRESSIONS:
-                self._feed_impressions(value or b"", latest_ms)
+                self._feed_impressions(value or b"", *believed)
             else:
-                self._feed_clicks(value or b"", latest_ms)
+                self._feed_clicks(value or b"", *believed)
 
     def _feed_dead_letter(self, partition: int, offset: int, value: bytes, headers: Sequence[Any]) -> None:
         # One that a crash made the joiner write again has the same origin and content; another version may have given
@@ -92,12 +102,12 @@ class Audit:
         named = tuple(sorted((name, bytes(v or b"")) for name, v in headers if name in ORIGIN_HEADERS))
         self._dead_letters.add((named or (partition, offset), value[:CUT_BYTES]))
 
-    def _feed_impressions(self, value: bytes, latest_ms: float) -> None:
+    def _feed_impressions(self, value: bytes, earliest_ms: float, latest_ms: float) -> None:
         decoded = self._impressions.decode_batch(value)
         self.consumed[IMPRESSIONS] += len(decoded.events) + len(decoded.bad)
         self._bad[IMPRESSIONS] += len(decoded.bad)
         for impression in decoded.events:
-            if impression.occurred_at_ms > latest_ms:
+            if not earliest_ms <= impression.occurred_at_ms <= latest_ms:
                 self._bad[IMPRESSIONS] += 1
                 continue
             decision = self._decisions.setdefault(impression.decision_id, _Decision())
@@ -106,12 +116,12 @@ class Audit:
             else:
                 self._duplicate_impressions += 1
 
-    def _feed_clicks(self, value: bytes, latest_ms: float) -> None:
+    def _feed_clicks(self, value: bytes, earliest_ms: float, latest_ms: float) -> None:
         decoded = self._clicks.decode_batch(value)
         self.consumed[CLICKS] += len(decoded.events) + len(decoded.bad)
         self._bad[CLICKS] += len(decoded.bad)
         for click in decoded.events:
-            if click.occurred_at_ms > latest_ms:
+            if not earliest_ms <= click.occurred_at_ms <= latest_ms:
                 self._bad[CLICKS] += 1
                 continue
             self._decisions.setdefault(click.decision_id, _Decision()).clicks_ms.append(click.occurred_at_ms)

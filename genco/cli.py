@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _extra(package: str) -> str:
     """Return how to install what is missing."""
-    extras = {"fastapi": "serving", "uvicorn": "serving", "faust": "streams", "aiokafka": "streams", "torch": "learner"}
+    extras = {"fastapi": "serving", "uvicorn": "serving", "torch": "learner"}
+    extras |= dict.fromkeys(("faust", "aiokafka", "fsspec"), "streams")
     return f"install it with the extra {extras.get(package, 'local')}: pip install '.[{extras.get(package, 'local')}]'"
 
 
@@ -72,6 +73,13 @@ def _serve(_: argparse.Namespace) -> int:
     from streams.contracts.settings import ServeSettings
 
     return run(load(ServeSettings))
+
+
+def _archive(_: argparse.Namespace) -> None:
+    from streams.archive import run
+    from streams.contracts.settings import ArchiveSettings
+
+    run(load(ArchiveSettings))
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -274,6 +282,7 @@ def _parser() -> argparse.ArgumentParser:
         verb("serve", _serve, "the HTTP API: decisions and clicks"),
         verb("join", _join, "joins impressions and clicks into examples"),
         verb("learn", _learn, "learns from examples and publishes policies"),
+        verb("archive", _archive, "writes examples to Parquet files"),
     ):
         process.formatter_class = argparse.RawDescriptionHelpFormatter
         process.epilog = _settings_help()

@@ -17,7 +17,12 @@ class Follower:
     """Follows the topics from their present end (a fresh loop: their beginning) until it is closed."""
 
     def __init__(self, settings: JoinSettings, *, from_beginning: bool) -> None:
-        self.audit = Audit(settings.attribution_window_ms, settings.label_wait_ms, settings.max_future_skew_ms)
+        self.audit = Audit(
+            settings.attribution_window_ms,
+            settings.label_wait_ms,
+            settings.max_future_skew_ms,
+            settings.max_event_age_ms,
+        )
         self.lock = threading.Lock()
         """Hold it while reading the audit."""
         self.failure: Exception | None = None

@@ -50,7 +50,7 @@ def run(
         attribution_window_ms=attribution_window_ms,
         label_wait_ms=label_wait_ms,
         # The log's clock goes on by its marks alone, so that the labels do not depend on the speed of this machine.
-        settings={"GENCO_IDLE_TIMEOUT_MS": "0"},
+        settings={"GENCO_IDLE_TIMEOUT_MS": "0", "GENCO_MAX_EVENT_AGE_MS": "0"},
     )
     with Loop(options) as loop:
         settings = loop.join_settings()

@@ -15,7 +15,7 @@ from typing import Any, Final, cast
 
 import faust
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import IllegalStateError
+from aiokafka.errors import IllegalStateError, KafkaError
 from faust.types import TP
 
 from streams.app import LogConsumer, aiokafka_options, create_app, run_worker
@@ -63,8 +63,9 @@ class Joiner:
         self._commit_at = 0.0
         self._at_end: set[TP] = set()
         self._held: frozenset[TP] = frozenset()
-        self._is_full = False
-        self._rereading: Rereading | None = Rereading(time.monotonic())
+        self._start: dict[TP, int] = {}
+        self._rereading = Rereading(time.monotonic())
+        self._is_recovering = True
         self._last_answer_ms = 0
         self._last_read = 0
 
@@ -98,8 +99,6 @@ class Joiner:
                 f"{topic} partition {message.partition}: offset {message.offset} came after "
                 f"{self._next_offset[place] - 1} without a rebalance"
             )
-        if place not in self._next_offset:
-            self._tell_lost(place, message.offset)
         self._next_offset[place] = message.offset + 1
         mark_ms = mark_of(list(dict(message.headers or ()).items()))
         timestamp_ms = round(message.timestamp * 1000)
@@ -109,11 +108,6 @@ class Joiner:
         breaker.observe(len(record.events), [bad.reason for bad in record.bad])
         if breaker.is_open:
             self._regulate()
-
-    def _tell_lost(self, place: TP, first_offset: int) -> None:
-        committed = self._consumer.committed_at_assignment(place)
-        if committed is not None and first_offset > committed:
-            self._report.lost(place.topic, place.partition, committed, first_offset - committed)
 
     async def start(self) -> None:
         """Connect the producer."""
@@ -163,54 +157,48 @@ class Joiner:
     # -- reading -----------------------------------------------------------------------------------
 
     async def _locate(self, generation: int) -> None:
-        """Find out where reading of each partition begins, once its first fetch has been answered.
+        """Find out where reading of each partition begins, once the first fetches have been answered.
 
         Raises:
             RuntimeError: If the log of a partition ends before what was read of it.
         """
-        rereading = self._rereading
-        if rereading is None:
+        places = [TP(topic, partition) for partition in self._partitions for topic in JOIN_TOPICS]
+        if self._start or not all(self._consumer.highwater(place) is not None for place in places):
             return
-        for partition in self._partitions:
-            for topic in JOIN_TOPICS:
-                place = TP(topic, partition)
-                end: int | None = self._consumer.highwater(place)
-                if end is None or place in rereading:
-                    continue
-                position = self._next_offset.get(place)
-                if position is None:
-                    try:
-                        position = await self._consumer.position(place)
-                    except IllegalStateError:
-                        position = None  # a rebalance is under way
-                    if generation != self._generation or position is None:
-                        return
-                    position = self._next_offset.setdefault(place, position)
-                self._begin(place, position, end)
-
-    def _begin(self, place: TP, position: int, end: int) -> None:
-        committed = self._consumer.committed_at_assignment(place)
-        if committed is not None and committed > end:
-            raise RuntimeError(
-                f"{place.topic} partition {place.partition} was read up to offset {committed}, but its log ends at "
-                f"{end}: the broker has lost records, or the topic was made anew. If that is meant, start with another "
-                "GENCO_JOINER_GROUP"
-            )
-        if self._rereading is not None:
-            self._rereading.begin(place, position if committed is None else committed, end)
+        try:
+            earliest = await self._consumer.earliest_offsets(*places)
+        except (IllegalStateError, KafkaError):
+            return  # a rebalance is under way, or the broker is away: the next round asks again
+        if generation != self._generation:
+            return
+        for place in places:
+            committed = self._consumer.committed_at_assignment(place)
+            end = self._consumer.highwater(place)
+            begin = earliest[place] if committed is None else committed
+            if begin > end:
+                raise RuntimeError(
+                    f"{place.topic} partition {place.partition} was read up to offset {begin}, but its log ends at "
+                    f"{end}: the broker has lost records, or the topic was made anew. If that is meant, start with "
+                    "another GENCO_JOINER_GROUP"
+                )
+            if begin < earliest[place]:
+                self._report.lost(place.topic, place.partition, begin, earliest[place] - begin)
+                begin = earliest[place]
+            self._start[place] = begin
+            self._rereading.begin(place, begin, end)
 
     def _read_until_ms(self, partition: int) -> dict[JoinTopic, int]:
         """Return for each topic that has been read to its end when that was so, by the monotonic clock."""
         found: dict[JoinTopic, int] = {}
         for topic in JOIN_TOPICS:
             place = TP(topic, partition)
-            position = self._next_offset.get(place)
+            # What the client has delivered is not yet what has been joined.
+            position = self._next_offset.get(place, self._start.get(place))
             end: int | None = self._consumer.highwater(place)
             answered_at_ms = self._consumer.answered_at_ms(place)
             if position is None or end is None or answered_at_ms is None:
                 continue  # until the first fetch has been answered
-            if self._rereading is not None:
-                self._rereading.read(place, position)
+            self._rereading.read(place, position)
             # What is held is not fetched, so that nobody knows where its log ends now.
             if position >= end and place not in self._held:
                 found[topic] = monotonic_ms() - max(0, now_ms() - answered_at_ms)
@@ -226,20 +214,17 @@ class Joiner:
             for partition, joiner in self._partitions.items()
             for topic, other in zip(JOIN_TOPICS, reversed(JOIN_TOPICS), strict=True)
         ]
-        limit = self._settings.join_memory_mb * 2**20
-        # Some room before reading goes on, or it would stop again at once.
-        self._is_full = sum(joiner.num_bytes for joiner in self._partitions.values()) >= (
-            0.95 * limit if self._is_full else limit
-        )
+        num_bytes = sum(joiner.num_bytes for joiner in self._partitions.values())
+        memory_share = num_bytes / (self._settings.join_memory_mb * 2**20)
         cause = self._breaker_cause
         self._held = places_to_hold(
             readings,
             max_lead_ms=max(1_000, self._settings.attribution_window_ms // 10),
-            is_full=self._is_full,
+            memory_share=memory_share,
             is_stopped=cause is not None,
         )
         self._consumer.hold(self._held)
-        self._report.memory(is_full=self._is_full, joiners=self._partitions.values())
+        self._report.memory(is_full=memory_share >= 1.0, joiners=self._partitions.values())
         self._report.breaker(cause)
 
     # -- writing -----------------------------------------------------------------------------------
@@ -292,11 +277,9 @@ class Joiner:
         if not places or self._held or (answered_at_ms, num_read) != (self._last_answer_ms, self._last_read):
             self._watchdog.sign("fetches")
         self._last_answer_ms, self._last_read = answered_at_ms, num_read
-        rereading = self._rereading
-        if rereading is not None and places and all(place in rereading for place in places):
-            self._report.rereading(rereading, sum(joiner.num_open for joiner in self._partitions.values()))
-            if rereading.progress(time.monotonic()).is_complete:
-                self._rereading = None
+        if self._is_recovering and self._start:
+            self._report.rereading(self._rereading, sum(joiner.num_open for joiner in self._partitions.values()))
+            self._is_recovering = not self._rereading.progress(time.monotonic()).is_complete
 
 
 def _encode(output: Output) -> list[bytes]:

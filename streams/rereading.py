@@ -43,10 +43,6 @@ class Rereading:
         """Note where reading of a partition begins, and where its log ended then. Later calls change nothing."""
         self._places.setdefault(place, [offset, max(offset, end_offset), offset])
 
-    def __contains__(self, place: Hashable) -> bool:
-        """Say whether the partition has begun."""
-        return place in self._places
-
     def read(self, place: Hashable, next_offset: int) -> None:
         """Note that everything before an offset has been read."""
         found = self._places.get(place)

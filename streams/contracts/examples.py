@@ -166,8 +166,8 @@ def example_batch_of(value: bytes) -> pa.RecordBatch:
         return reader.read_next_batch()
 
 
-def decode_examples(value: bytes) -> ExampleBatch:
-    """Read the value of one record of the topic `examples`.
+def decode_table(value: bytes) -> pa.Table:
+    """Read the value of one record of the topic `examples` as columns of `EXAMPLE_SCHEMA`, without looking into them.
 
     Columns that this version does not know are ignored.
 
@@ -189,12 +189,28 @@ def decode_examples(value: bytes) -> ExampleBatch:
         empty = [f.name for f in EXAMPLE_SCHEMA if not f.nullable and table.column(f.name).null_count]
         if empty:
             raise ValueError(f"examples have no value somewhere in {', '.join(empty)}")
-        columns = {f.name: table.column(f.name).cast(f.type).to_pylist() for f in EXAMPLE_SCHEMA}
-        contexts = [msgspec.json.decode(text, type=dict[str, ContextValue]) for text in columns["context"]]
+        columns = [table.column(f.name).cast(f.type) for f in EXAMPLE_SCHEMA]
     except KeyError as missing:
         raise ValueError(f"examples lack the column {missing}; expected {EXAMPLE_SCHEMA.names}") from None
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, MemoryError, msgspec.DecodeError) as error:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, MemoryError) as error:
         # MemoryError: damaged bytes may claim that a buffer is larger than any memory.
+        raise ValueError(f"not a record of examples: {error}") from error
+    return pa.Table.from_arrays(columns, schema=EXAMPLE_SCHEMA)
+
+
+def decode_examples(value: bytes) -> ExampleBatch:
+    """Read the value of one record of the topic `examples`.
+
+    Columns that this version does not know are ignored.
+
+    Raises:
+        ValueError: If the bytes are no Arrow stream, a column is missing or of another type, or the schema is of
+            another major version.
+    """
+    columns = decode_table(value).to_pydict()
+    try:
+        contexts = [msgspec.json.decode(text, type=dict[str, ContextValue]) for text in columns["context"]]
+    except msgspec.DecodeError as error:
         raise ValueError(f"not a record of examples: {error}") from error
     return ExampleBatch(
         decision_id=columns["decision_id"],

@@ -221,7 +221,20 @@ class ServeSettings(KafkaSettings, RedisSettings, SigningSettings, WindowSetting
         return self
 
 
-ALL: Final[tuple[type[_Settings], ...]] = (JoinSettings, LearnSettings, ServeSettings)
+class ArchiveSettings(KafkaSettings, MetricsSettings):
+    """Settings of `genco archive`."""
+
+    archive_url: str
+    """Folder of the archive: a path, or any fsspec URL such as s3://bucket/examples. One folder for each group."""
+    archive_group: str = "genco-archive"
+    """Consumer group; archivers with the same group share the partitions and write to the same folder."""
+    archive_interval_ms: Annotated[int, Field(ge=100, le=3_600_000)] = 60_000
+    """Examples of a partition are written this long after the first of them has been read."""
+    archive_max_bytes: Annotated[int, Field(ge=2**20, le=2**40)] = 256 * 2**20
+    """Memory for examples, over all partitions; beyond it the fullest is written at once, which takes as much again."""
+
+
+ALL: Final[tuple[type[_Settings], ...]] = (JoinSettings, LearnSettings, ServeSettings, ArchiveSettings)
 
 SettingsT = TypeVar("SettingsT", bound=_Settings)
 
@@ -294,7 +307,12 @@ def _unknown_variables() -> Iterator[str]:
 
 def document() -> str:
     """Return the table of all settings, the text of docs/settings.md."""
-    readers: dict[str, type[_Settings]] = {"join": JoinSettings, "learn": LearnSettings, "serve": ServeSettings}
+    readers: dict[str, type[_Settings]] = {
+        "join": JoinSettings,
+        "learn": LearnSettings,
+        "serve": ServeSettings,
+        "archive": ArchiveSettings,
+    }
     fields = {name: info for settings in ALL for name, info in settings.model_fields.items()}
     lines = [
         "# Settings",

@@ -53,7 +53,7 @@ def taken_port() -> Iterator[str]:
         yield str(listener.getsockname()[1])
 
 
-@pytest.mark.parametrize("verb", ["join", "learn", "serve"])
+@pytest.mark.parametrize("verb", ["join", "learn", "serve", "archive"])
 def test_missing_settings_are_named_and_exit_with_78(verb: str) -> None:
     result = genco(verb)
     assert result.returncode == 78
@@ -126,6 +126,26 @@ def test_topics_with_different_partition_counts_are_refused_with_the_mending_com
         result = genco("join", **broker.client_settings())
     assert result.returncode == 78
     assert "--alter --topic clicks --partitions 4" in only_line(result)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("gs://bucket/examples", "gcsfs"),
+        ("/dev/null/archive", "cannot write to the archive at GENCO_ARCHIVE_URL"),
+    ],
+)
+def test_archive_that_cannot_be_written_is_one_line(url: str, message: str, broker: MockBroker) -> None:
+    result = genco("archive", **broker.client_settings(), GENCO_ARCHIVE_URL=url)
+    assert result.returncode == 78
+    assert message in only_line(result)
+
+
+def test_archive_of_topics_that_do_not_exist_is_refused(tmp_path: Path) -> None:
+    with MockBroker({"examples": 2}) as broker:
+        result = genco("archive", **broker.client_settings(), GENCO_ARCHIVE_URL=str(tmp_path))
+    assert result.returncode == 78
+    assert "create them with: genco topics" in only_line(result)
 
 
 def test_missing_java_is_one_line(tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ from pydantic import ValidationError
 
 from streams.contracts.settings import (
     ALL,
+    ArchiveSettings,
     ConfigurationError,
     JoinSettings,
     LearnSettings,
     ServeSettings,
+    WindowSettings,
     load,
     variable_names,
 )
@@ -29,6 +31,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setenv("GENCO_KAFKA_BOOTSTRAP_SERVERS", "localhost:9092")
     monkeypatch.setenv("GENCO_REDIS_URL", f"redis://:{PASSWORD}@localhost:6379/0")
     monkeypatch.setenv("GENCO_SIGNING_KEY", KEY)
+    monkeypatch.setenv("GENCO_ARCHIVE_URL", "archive")
     return monkeypatch
 
 
@@ -52,8 +55,9 @@ def test_values_come_from_the_prefix_alone(environment: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("settings", ALL)
 def test_least_environment_is_enough_and_defaults_hold(settings: type[JoinSettings]) -> None:
     loaded = load(settings)
-    assert (loaded.attribution_window_ms, loaded.label_wait_ms) == (600_000, 60_000)
-    assert loaded.attribution_window_ms == 600_000
+    assert (loaded.kafka_session_timeout_ms, loaded.partitions) == (30_000, 4)
+    if issubclass(settings, WindowSettings):
+        assert (loaded.attribution_window_ms, loaded.label_wait_ms) == (600_000, 60_000)
 
 
 @pytest.mark.parametrize("settings", ALL)
@@ -81,6 +85,7 @@ def test_override_wins_and_none_means_not_given(environment: pytest.MonkeyPatch)
         (JoinSettings, {"GENCO_KAFKA_BOOTSTRAP_SERVERS"}),
         (LearnSettings, {"GENCO_KAFKA_BOOTSTRAP_SERVERS", "GENCO_REDIS_URL", "GENCO_SIGNING_KEY"}),
         (ServeSettings, {"GENCO_KAFKA_BOOTSTRAP_SERVERS", "GENCO_REDIS_URL", "GENCO_SIGNING_KEY"}),
+        (ArchiveSettings, {"GENCO_KAFKA_BOOTSTRAP_SERVERS", "GENCO_ARCHIVE_URL"}),
     ],
 )
 def test_every_missing_setting_is_named_at_once_with_what_it_is(
@@ -135,6 +140,8 @@ def test_empty_variable_counts_as_not_set(environment: pytest.MonkeyPatch) -> No
         ("ROUTES", "0-65536"),
         ("EVENT_QUEUE_SIZE", "99"),
         ("EVENT_BATCH_SIZE", "5001"),
+        ("ARCHIVE_INTERVAL_MS", "99"),
+        ("ARCHIVE_MAX_BYTES", "1048575"),
     ],
 )
 def test_wrong_value_is_named(environment: pytest.MonkeyPatch, name: str, value: str) -> None:
