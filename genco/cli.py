@@ -207,6 +207,33 @@ def _bench_codec(arguments: argparse.Namespace) -> None:
     _write_json(arguments.json, result)
 
 
+def _bench_join(arguments: argparse.Namespace) -> None:
+    from benchmarks.join import run
+    from genco.folders import require_folder
+
+    require_folder(arguments.json)
+    # As an exception, so that the broker and the processes are stopped and their directories removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    result = run(
+        impressions=arguments.impressions,
+        kafka=arguments.kafka,
+        peers=arguments.peers,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    for name, value in result.items():
+        print(f"{name} {_figure(value)}")
+    _write_json(arguments.json, result)
+
+
+def _figure(value: Any) -> str:
+    """Return a figure for people."""
+    if isinstance(value, list):
+        return " ".join(_figure(item) for item in value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2f}"
+    return "-" if value is None else str(value)
+
+
 def _write_json(path: Path | None, value: dict[str, Any]) -> None:
     if path is not None:
         path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
@@ -246,6 +273,12 @@ def _time_ms(text: str) -> int:
             f"{text!r} is no time; expected such as 2026-01-31T12:00 (UTC), 2026-01-31T12:00+01:00, 90m, 2h or 3d"
         ) from None
     return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
+
+
+def _log_size(text: str) -> int:
+    if not (text.isdecimal() and 2_000 <= int(text) <= 50_000_000):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 2000 to 50000000")
+    return int(text)
 
 
 def _settings_help() -> str:
@@ -329,6 +362,16 @@ def _parser() -> argparse.ArgumentParser:
     codec = benches.add_parser("codec", help="decoding impressions, against json and one pydantic model a line")
     codec.add_argument("--json", type=Path, metavar="FILE", help="write one JSON object here")
     codec.set_defaults(command=_bench_codec)
+    join = benches.add_parser("join", help="one joiner from Kafka to Kafka, beside plain Faust and Quix Streams")
+    join.add_argument("--json", type=Path, metavar="FILE", help="write one JSON object here")
+    join.add_argument("--impressions", type=_log_size, help="in the log (1000000; embedded broker: 60000)")
+    join.add_argument(
+        "--kafka", choices=["home", "embedded"], help="broker: the Kafka at KAFKA_HOME (default where there is one)"
+    )
+    join.add_argument(
+        "--peers", action=argparse.BooleanOptionalAction, default=True, help="run the peers too (default)"
+    )
+    join.set_defaults(command=_bench_join)
     return parser
 
 

@@ -91,7 +91,7 @@ class Loop:
     def _start(self) -> None:
         options = self.options
         if options.kafka != "configured":
-            self._stack.enter_context(_without_settings())
+            self._stack.enter_context(without_settings())
         if options.directory is None:
             self.directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="genco-")))
         else:
@@ -161,7 +161,7 @@ class Loop:
 
 
 @contextlib.contextmanager
-def _without_settings() -> Iterator[None]:
+def without_settings() -> Iterator[None]:
     """Take every GENCO_ variable but the log level out of the environment for a while."""
     held = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(PREFIX) and name != _LOG_LEVEL}
     try:
