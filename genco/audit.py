@@ -19,6 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from streams.contracts.codec import EventDecoder, mark_of
+from streams.contracts.dead_letters import CUT_BYTES, ORIGIN_HEADERS, replayed_of
 from streams.contracts.events import Click, Impression
 from streams.contracts.topics import CLICKS, DEAD_LETTERS, EXAMPLES, IMPRESSIONS
 
@@ -81,9 +82,8 @@ class Audit:
     ) -> None:
         """Take one record; `timestamp_ms` is its own time, against which the clocks of its events are judged."""
         if topic == DEAD_LETTERS:
-            # One that a crash made the joiner write again has the same origin and content.
-            origin = tuple(sorted((name, bytes(v or b"")) for name, v in headers)) or (partition, offset)
-            self._dead_letters.add((origin, value))
+            if replayed_of(headers) is None:
+                self._feed_dead_letter(partition, offset, value or b"", headers)
         elif topic == EXAMPLES:
             self._feed_examples(partition, offset, value or b"")
         elif mark_of(headers) is None:
@@ -95,6 +95,12 @@ class Audit:
                 self._feed_impressions(value or b"", *believed)
             else:
                 self._feed_clicks(value or b"", *believed)
+
+    def _feed_dead_letter(self, partition: int, offset: int, value: bytes, headers: Sequence[Any]) -> None:
+        # One that a crash made the joiner write again has the same origin and content; another version may have given
+        # another reason and kept less of the line.
+        named = tuple(sorted((name, bytes(v or b"")) for name, v in headers if name in ORIGIN_HEADERS))
+        self._dead_letters.add((named or (partition, offset), value[:CUT_BYTES]))
 
     def _feed_impressions(self, value: bytes, earliest_ms: float, latest_ms: float) -> None:
         decoded = self._impressions.decode_batch(value)

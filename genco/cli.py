@@ -10,12 +10,15 @@ import json
 import logging
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from streams.contracts.settings import EX_CONFIG, ConfigurationError, MetricsSettings, load, variable_names
+from streams.contracts.topics import CLICKS, IMPRESSIONS
 from streams.telemetry import configure_logging
 
 
@@ -160,6 +163,41 @@ def _replay(arguments: argparse.Namespace) -> int:
     return 0 if report["ledger"]["imbalance"] == 0 else 1
 
 
+def _list_dead_letters(arguments: argparse.Namespace) -> int:
+    from genco.dead_letters import show
+
+    return show(_selection(arguments), as_json=arguments.json)
+
+
+def _replay_dead_letters(arguments: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from genco.dead_letters import replay
+
+    selection = _selection(arguments)
+    if not (arguments.all or selection.is_narrowed):
+        arguments.wrong_usage("nothing is selected; expected --all, or one of --topic, --reason, --since, ...")
+    return replay(
+        selection if arguments.again else replace(selection, is_replayed=False),
+        edit=arguments.edit,
+        force=arguments.force,
+        dry_run=arguments.dry_run,
+    )
+
+
+def _selection(arguments: argparse.Namespace) -> Any:
+    from streams.dead_letters import Selection
+
+    return Selection(
+        topic=arguments.topic,
+        reason=arguments.reason,
+        partition=arguments.partition,
+        since_ms=arguments.since,
+        until_ms=arguments.until,
+        limit=arguments.limit,
+    )
+
+
 def _bench_codec(arguments: argparse.Namespace) -> None:
     from benchmarks.codec import run
 
@@ -215,6 +253,26 @@ def _count(text: str) -> int:
     if not (text.isdecimal() and 1 <= int(text) <= 1_000):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 1000")
     return int(text)
+
+
+def _whole(text: str) -> int:
+    if not (text.isdecimal() and len(text) <= 15):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
+def _time_ms(text: str) -> int:
+    """Read a time, or how long ago it was, as Unix milliseconds."""
+    unit = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}.get(text[-1:])
+    if unit and text[:-1].isdecimal():
+        return int((time.time() - int(text[:-1]) * unit) * 1000)
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no time; expected such as 2026-01-31T12:00 (UTC), 2026-01-31T12:00+01:00, 90m, 2h or 3d"
+        ) from None
+    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
 
 
 def _log_size(text: str) -> int:
@@ -297,6 +355,8 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--timeout", type=_positive, default=120, help="give up after so long without progress")
     replay.add_argument("--json", type=Path, metavar="FILE", help="write the report here")
 
+    _add_dead_letters(verbs)
+
     bench = verbs.add_parser("bench", help="benchmarks", description="Benchmarks.")
     benches = bench.add_subparsers(dest="bench", required=True, metavar="BENCH")
     codec = benches.add_parser("codec", help="decoding impressions, against json and one pydantic model a line")
@@ -313,3 +373,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     join.set_defaults(command=_bench_join)
     return parser
+
+
+def _add_dead_letters(verbs: Any) -> None:
+    dead_letters = verbs.add_parser("dead-letters", help="what the joiner could not read", description="Dead letters.")
+    actions = dead_letters.add_subparsers(dest="action", required=True, metavar="ACTION")
+    listed = actions.add_parser("list", help="count them by topic and cause")
+    listed.add_argument("--json", action="store_true", help="one JSON object for each letter instead of a table")
+    listed.set_defaults(command=_list_dead_letters)
+    replayed = actions.add_parser("replay", help="send them back to the topics they came from")
+    replayed.add_argument("--all", action="store_true", help="needed when nothing else selects")
+    replayed.add_argument("--edit", metavar="COMMAND", help="program that gets the lines and prints one for each")
+    replayed.add_argument("--dry-run", action="store_true", help="only say what would be sent and left out")
+    replayed.add_argument("--again", action="store_true", help="those too that were replayed before")
+    replayed.add_argument("--force", action="store_true", help="those too that will be dead letters again")
+    replayed.set_defaults(command=_replay_dead_letters, wrong_usage=replayed.error)
+    for parser in (listed, replayed):
+        parser.add_argument("--topic", choices=[IMPRESSIONS, CLICKS], help="where they came from")
+        parser.add_argument("--reason", metavar="TEXT", help="those whose reason holds this text")
+        parser.add_argument("--since", type=_time_ms, metavar="TIME", help="written then or later: ISO time, or 2h ago")
+        parser.add_argument("--until", type=_time_ms, metavar="TIME", help="written before")
+        parser.add_argument("--partition", type=_whole, metavar="N", help="those of one partition")
+        parser.add_argument("--limit", type=_whole, metavar="N", help="at most so many")

@@ -24,6 +24,7 @@ from streams.attribution import Output, PartitionJoiner
 from streams.breaker import Breaker
 from streams.clients import check_topics
 from streams.contracts.codec import MAX_RECORD_BYTES, mark_of
+from streams.contracts.dead_letters import DeadLetter
 from streams.contracts.settings import JoinSettings
 from streams.contracts.topics import CLICKS, DEAD_LETTERS, EXAMPLES, IMPRESSIONS
 from streams.event_clock import JOIN_TOPICS, JoinTopic
@@ -38,7 +39,6 @@ from streams.watchdog import Watchdog
 logger = logging.getLogger(__name__)
 
 COMMIT_EVERY_S: Final = 2.0
-DEAD_LETTER_BYTES = 4096
 
 
 class Joiner:
@@ -244,15 +244,11 @@ class Joiner:
             for value in values:
                 sent.append(await self._producer.send(EXAMPLES, value, partition=partition))
             for bad in output.bad:
-                headers = [
-                    ("reason", bad.event.reason.encode()[:1024]),
-                    ("topic", bad.topic.encode()),
-                    ("partition", str(partition).encode()),
-                    ("offset", str(bad.offset).encode()),
-                    ("index", str(bad.event.index).encode()),
-                ]
-                line = bad.event.line[:DEAD_LETTER_BYTES]
-                sent.append(await self._producer.send(DEAD_LETTERS, line, partition=partition, headers=headers))
+                line = bad.event.line
+                value, headers = DeadLetter(
+                    bad.topic, partition, bad.offset, bad.event.index, bad.event.reason, line, len(line)
+                ).encode()
+                sent.append(await self._producer.send(DEAD_LETTERS, value, partition=partition, headers=headers))
         for delivery in sent:
             await delivery
         for output in outputs.values():

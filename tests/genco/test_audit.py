@@ -7,6 +7,7 @@ import pytest
 
 from genco.audit import AUDITED, Audit
 from streams.contracts.codec import END_OF_LOG_MS, encode_batch, encode_mark
+from streams.contracts.dead_letters import DeadLetter, encode_replayed
 from streams.contracts.examples import LabelKind
 from streams.contracts.topics import CLICKS, DEAD_LETTERS, EXAMPLES, IMPRESSIONS
 from tests.builders import Labeled, clicked, examples_value, shown
@@ -149,6 +150,46 @@ def test_dead_letter_written_again_after_a_crash_is_no_imbalance() -> None:
     audit.feed(DEAD_LETTERS, 0, 0, b"{", origin)
     audit.feed(DEAD_LETTERS, 0, 1, b"{", origin)
     assert audit.ledger(drained=True)["imbalance"] == 0
+
+
+def audited_dead_letters(*letters: tuple[bytes, Any]) -> int:
+    """Return the imbalance of a loop with three bad lines, of which these letters tell."""
+    loop = Loop()
+    loop.num_dead_letters = 0
+    audit = Audit(WINDOW, WAIT)
+    for offset, (topic, value, headers) in enumerate(loop.records()):
+        audit.feed(topic, 0, offset, value, headers)
+    for offset, (value, headers) in enumerate(letters):
+        audit.feed(DEAD_LETTERS, 0, offset, value, headers)
+    imbalance: int = audit.ledger(drained=True)["imbalance"]
+    return imbalance
+
+
+def dead_letter(line: bytes, **changes: Any) -> tuple[bytes, list[tuple[str, bytes]]]:
+    values = {"partition": 0, "offset": 1, "index": 3, "reason": "r", "length": len(line)} | changes
+    return DeadLetter(topic=IMPRESSIONS, line=line, **values).encode()
+
+
+def test_marks_of_replayed_letters_are_no_dead_letters() -> None:
+    letters = [dead_letter(b"x", index=index) for index in range(3)]
+    marks = [encode_replayed(offset) for offset in range(3)]
+    assert audited_dead_letters(*letters, *marks) == 0
+    assert audited_dead_letters(*letters[:2], *marks) == 1
+
+
+def test_dead_letter_written_again_by_another_version_counts_once() -> None:
+    line = b"x" * 5_000
+    value, headers = dead_letter(line, reason="in other words")
+    others = [dead_letter(line, index=index) for index in (4, 5)]
+    old = (line[:4096], [header for header in headers if header[0] != "length"])
+    assert audited_dead_letters(dead_letter(line), (value, headers), old, *others) == 0
+
+
+def test_dead_letters_without_a_place_in_their_record_differ_by_their_lines() -> None:
+    skewed = [dead_letter(line, index=-1) for line in (b"a", b"b", b"c", b"a")]
+    assert audited_dead_letters(*skewed) == 0
+    assert audited_dead_letters(*skewed[1:]) == 0
+    assert audited_dead_letters(*skewed[2:]) == 1
 
 
 # -- freshness ---------------------------------------------------------------------------------------------------------
