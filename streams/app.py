@@ -112,8 +112,9 @@ class LogConsumer(Consumer):
         """Read nothing more from these partitions, and go on with all others.
 
         What was fetched before is still delivered. Faust's `pause_partitions` would throw that away and go on after it.
+        Call it again now and then: at the end of a rebalance Faust goes on with all partitions that are assigned.
         """
-        for place in places - self._held:
+        for place in places:
             super().on_buffer_full(place)
         released = self._held - places
         self._held = set(places)
