@@ -39,6 +39,8 @@ from streams.impressions import Candidates, ImpressionBatch
 AFTER_END_MS: Final = END_OF_LOG_MS + 1
 IMPRESSION_BUCKETS: Final = ("joined", "expired", "pending", "duplicate", "dead_letter")
 CLICK_BUCKETS: Final = ("joined", "pending", "late", "duplicate", "orphan", "dead_letter")
+MAX_COLUMN_BYTES: Final = 1_000_000
+"""Of one record, measured; a little over `RECORD_BYTES`, which are estimated, and below the 1 MiB of the broker."""
 CLICK_BYTES: Final = 600
 """About what a click that waits for its impression costs in memory."""
 
@@ -149,6 +151,27 @@ class _Leaving:
     waiting: _Waiting
     first: int
     last: int
+
+    @property
+    def num_bytes(self) -> int:
+        """What the rows take in the columns of a record, at most."""
+        texts = sum([len(found.text) for found in self.waiting.candidates[self.first : self.last]])
+        # An element id costs a byte more in Arrow than in JSON, where it has four at least with its quotes and comma.
+        return self.waiting.columns.slice(self.first, self.last - self.first).nbytes + texts + texts // 4
+
+
+def _halves(leaving: Sequence[_Leaving]) -> tuple[list[_Leaving], list[_Leaving]]:
+    first: list[_Leaving] = []
+    second: list[_Leaving] = []
+    left = sum(part.last - part.first for part in leaving) // 2
+    for part in leaving:
+        middle = min(part.last, part.first + left)
+        left -= middle - part.first
+        if middle > part.first:
+            first.append(_Leaving(part.waiting, part.first, middle))
+        if middle < part.last:
+            second.append(_Leaving(part.waiting, middle, part.last))
+    return first, second
 
 
 class PartitionJoiner:
@@ -411,7 +434,15 @@ class PartitionJoiner:
             self._leave(leaving)
 
     def _leave(self, leaving: Sequence[_Leaving]) -> None:
-        """Make one record of these rows, and let their keys lead to it."""
+        """Make one record of these rows, and let their keys lead to it.
+
+        Rows of very different sizes may be larger than `_emit` thinks, which knows their mean: they become two records.
+        """
+        num_rows = sum(part.last - part.first for part in leaving)
+        if num_rows > 1 and sum(part.num_bytes for part in leaving) > MAX_COLUMN_BYTES:
+            for half in _halves(leaving):
+                self._leave(half)
+            return
         clicks: dict[int, Click] = {}
         candidates: list[Candidates] = []
         for part in leaving:
