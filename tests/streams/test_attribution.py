@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import pytest
@@ -28,7 +29,9 @@ KEY = b"k" * 32
 WINDOW, WAIT = 10_000, 2_000
 
 
+@cache
 def join_settings(**changes: Any) -> JoinSettings:
+    """Return settings, which never change: reading the environment for them takes longer than a whole schedule."""
     values = {
         "kafka_bootstrap_servers": "localhost:9092",
         "attribution_window_ms": WINDOW,
