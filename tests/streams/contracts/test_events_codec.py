@@ -19,9 +19,11 @@ from streams.contracts.codec import (
     encode_context,
     encode_event,
     encode_mark,
+    has_no_other_keys,
     mark_of,
 )
 from streams.contracts.events import MAX_CANDIDATES, MAX_CONTEXT_FIELDS, MAX_SLOTS, Click, Impression, impression_fault
+from tests.strategies import clicks, context_values, identifiers, impressions
 
 IMPRESSIONS = EventDecoder(Impression)
 CLICKS = EventDecoder(Click)
@@ -53,59 +55,6 @@ def line(raw: dict[str, Any]) -> bytes:
 
 GOOD = line(VALID)
 GOOD_CLICK = line(VALID_CLICK)
-
-text = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12)
-# What makes counting colons and keys difficult.
-awkward = st.sampled_from(['":', "a:b", '\\":', "\\", '"', "\n", "\x00", "é", "😀", " ", '{"a":1}', "\u2028", "\ufeff"])
-identifiers = st.one_of(text, awkward, st.builds(str.__add__, awkward, text))
-context_values = st.one_of(
-    st.text(st.characters(exclude_categories=("Cs",)), max_size=20),
-    awkward,
-    st.integers(-(2**53), 2**53),
-    st.floats(allow_nan=False, allow_infinity=False),
-    st.booleans(),
-)
-timestamps = st.integers(0, 4_102_444_799_999)
-counters = st.integers(0, 2**53 - 1)
-probabilities = st.floats(0.0, 1.0, exclude_min=True)
-
-
-@st.composite
-def impressions(draw: st.DrawFn) -> Impression:
-    slots = draw(st.lists(identifiers, min_size=1, max_size=4, unique=True))
-    candidates = {slot: draw(st.lists(identifiers, min_size=1, max_size=4)) for slot in slots}
-    slot_propensities = {slot: draw(st.floats(1e-6, 1.0)) for slot in slots}
-    propensity = 1.0
-    for value in slot_propensities.values():
-        propensity *= value
-    return Impression(
-        schema_version=1,
-        decision_id=draw(identifiers),
-        occurred_at_ms=draw(timestamps),
-        product_id=draw(identifiers),
-        context=draw(st.dictionaries(identifiers, context_values, max_size=4)),
-        candidates=candidates,
-        creative={slot: draw(st.sampled_from(elements)) for slot, elements in candidates.items()},
-        slot_propensities=slot_propensities,
-        propensity=propensity,
-        model_id=draw(identifiers),
-        epoch=draw(counters),
-        policy_version=draw(counters),
-        source=draw(st.sampled_from(["policy", "last_good", "uniform"])),
-        holdout=draw(st.booleans()),
-        seed=draw(st.integers(0, 2**63 - 1)),
-        survival_probability=draw(probabilities),
-    )
-
-
-clicks = st.builds(
-    Click,
-    schema_version=st.just(1),
-    decision_id=identifiers,
-    occurred_at_ms=timestamps,
-    reward=st.floats(0.0, 1e9),
-)
-
 
 # -- round trips -------------------------------------------------------------------------------------------------------
 
@@ -543,6 +492,38 @@ def test_duplicate_key_is_found_when_another_key_has_a_space_before_its_colon(sp
     assert [bad.reason.partition(": ")[2] for bad in IMPRESSIONS.decode_batch(value).bad] == [
         "key stands twice in one object"
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "num_keys", "is_sure"),
+    [
+        (b'{"a":1,"b":2}', 2, True),
+        (b'{"a":1,"a":2}', 1, False),
+        (b'{"a":1,"b":2}', 1, False),
+        (b'{"a":"x:y","b":"z::"}', 2, True),  # colons in values
+        (b'{"a":":","a":2}', 1, False),
+        (b'{"a" :1,"b":2}', 2, True),  # as many colons as keys are proof, wherever they stand
+        (b'{"a" :1,"b":":"}', 1, False),
+        (b'{"a"\t:1,"b":2}', 1, False),
+        (b'{"a"\r:1,"b":2}', 1, False),
+        (b'{"a"\n:1,"b":2}', 1, False),
+        (b'{"a": 1,"b": "x: y"}', 2, True),
+        (b'{"a":"x :y","b":2}', 2, False),  # sure is something else
+        (b'{"a":"\\":","b":2}', 2, False),
+        (b"[]", 0, True),
+    ],
+)
+def test_keys_are_counted_only_where_nothing_can_hide_one(text: bytes, num_keys: int, is_sure: bool) -> None:
+    assert has_no_other_keys(text, num_keys) is is_sure
+
+
+@given(st.dictionaries(st.sampled_from('ab:" '), st.sampled_from([1, ":", '":', " :", "x"]), max_size=4), st.data())
+def test_key_that_is_not_counted_is_never_overlooked(mapping: dict[str, Any], data: st.DataObject) -> None:
+    separators = st.sampled_from([":", " :", ": ", "\t:", "\r:", "\n:"])
+    pairs = [json.dumps(key) + data.draw(separators) + json.dumps(found) for key, found in mapping.items()]
+    text = ("{" + ",".join(pairs) + "}").encode()
+    for fewer in range(len(pairs)):
+        assert not has_no_other_keys(text, fewer)
 
 
 # -- contexts and marks ------------------------------------------------------------------------------------------------
