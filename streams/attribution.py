@@ -155,9 +155,10 @@ class _Leaving:
     @property
     def num_bytes(self) -> int:
         """What the rows take in the columns of a record, at most."""
+        columns: int = self.waiting.columns.slice(self.first, self.last - self.first).nbytes
         texts = sum([len(found.text) for found in self.waiting.candidates[self.first : self.last]])
         # An element id costs a byte more in Arrow than in JSON, where it has four at least with its quotes and comma.
-        return self.waiting.columns.slice(self.first, self.last - self.first).nbytes + texts + texts // 4
+        return columns + texts + texts // 4
 
 
 def _halves(leaving: Sequence[_Leaving]) -> tuple[list[_Leaving], list[_Leaving]]:
