@@ -16,7 +16,7 @@ from streams.attribution import CLICK_BUCKETS, IMPRESSION_BUCKETS, Output, Parti
 from streams.contracts.codec import END_OF_LOG_MS, BadEvent, encode_batch
 from streams.contracts.decision_ids import make_decision_id
 from streams.contracts.events import Click, Impression
-from streams.contracts.examples import NO_DELAY, LabelKind, decode_examples
+from streams.contracts.examples import LabelKind, example_batch_of
 from streams.contracts.settings import JoinSettings
 from streams.contracts.topics import CLICKS, IMPRESSIONS
 from streams.event_clock import JOIN_TOPICS, EventClock, JoinTopic
@@ -53,23 +53,19 @@ class Written:
     delay_ms: int | None
 
 
+WRITTEN_COLUMNS = ["decision_id", "occurred_at_ms", "label_kind", "label", "reward", "delay_ms"]
+
+
 def written(output: Output) -> list[Written]:
     """Return the examples of an output, from the bytes of its records."""
     shelf = CandidatesShelf()
     values = [record.encode(shelf) for record in output.records] + [value for _, value in output.late.encode(shelf)]
     found = []
     for value in values:
-        examples = decode_examples(value)
-        rows = zip(
-            examples.decision_id,
-            examples.occurred_at_ms.tolist(),
-            map(LabelKind, examples.label_kind),
-            examples.label.tolist(),
-            examples.reward.tolist(),
-            (None if delay == NO_DELAY else delay for delay in examples.delay_ms.tolist()),
-            strict=True,
-        )
-        found += [Written(*row) for row in rows]
+        # Not `decode_examples`: what it reads beside takes a fifth of the time of the thousands of schedules.
+        columns = example_batch_of(value).select(WRITTEN_COLUMNS).to_pydict()
+        columns["label_kind"] = map(LabelKind, columns["label_kind"])
+        found += [Written(*row) for row in zip(*columns.values(), strict=True)]
     return found
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from streams.attribution import Output, PartitionJoiner, Record
@@ -385,6 +385,9 @@ steps = st.lists(
 
 @settings(max_examples=200)
 @given(steps, st.booleans())
+# Closed between its encoding and its acknowledgement; and before both.
+@example([("show", 1, 30), ("mark", 9, 0), ("take", 0, 0), ("encode", 0, 0), ("mark", 60, 0), ("take", 0, 0)], True)
+@example([("show", 1, 30), ("mark", 9, 0), ("take", 0, 0), ("mark", 60, 0), ("take", 0, 0), ("encode", 0, 0)], True)
 def test_memory_is_back_at_nothing_when_all_is_closed_and_acknowledged_in_any_order(
     steps: list[tuple[str, int, int]], acknowledge_before_the_end: bool
 ) -> None:

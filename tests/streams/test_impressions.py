@@ -282,13 +282,31 @@ def test_propensities_stay_with_their_slots_in_whatever_order_they_come(spelling
     assert found["slot_propensities"] == {"title": 0.5, "image": 0.25}
 
 
-def test_slots_of_one_impression_are_not_taken_for_those_of_the_next() -> None:
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"creative": {"a": "x"}}, {"creative": {"b": "x", "c": "x"}}),
+        ({"slot_propensities": {"a": 1.0}}, {"slot_propensities": {"b": 1.0, "c": 1.0}}),
+        (
+            {"creative": {"a": "x"}, "slot_propensities": {"a": 1.0}},
+            {"creative": {"b": "x", "c": "x"}, "slot_propensities": {"b": 1.0, "c": 1.0}},
+        ),
+    ],
+)
+def test_slots_of_one_impression_are_not_taken_for_those_of_the_next(
+    first: dict[str, Any], second: dict[str, Any]
+) -> None:
     # One slot less in one, one more in the other: the names one after the other are the same.
-    ab = {"a": ["x"], "b": ["x"]}
-    first = shown("1", candidates=ab, creative={"a": "x"}, slot_propensities={"a": 1.0, "b": 1.0})
-    second = shown("2", candidates=ab, creative={"b": "x", "a": "x", "b ": "x"}, slot_propensities={"a": 1.0, "b": 1.0})
-    check(encode_batch([first, second]))
-    _, bad = ImpressionDecoder().decode(encode_batch([first, second]))
+    def card(slots: str) -> dict[str, Any]:
+        return {
+            "candidates": {slot: ["x"] for slot in slots},
+            "creative": dict.fromkeys(slots, "x"),
+            "slot_propensities": dict.fromkeys(slots, 1.0),
+        }
+
+    value = encode_batch([shown("1", **card("ab") | first), shown("2", **card("c") | second)])
+    check(value)
+    _, bad = ImpressionDecoder().decode(value)
     assert len(bad) == 2
 
 

@@ -355,6 +355,7 @@ def test_rebalance_during_a_write_acknowledges_and_commits_nothing(partitions: s
             await pump
         assert bench.consumer.commits == []
         assert before.take_finished() == {}  # not acknowledged: the next owner writes it again
+        assert all(joiner._acknowledged == 0 for joiner in bench.joiner._partitions.values())  # nor anything of theirs
         await bench.pump(2)
         assert bench.consumer.commits == []
         assert bench.producer.ids() == ["a"]
