@@ -49,6 +49,7 @@ class _Results:
     """What the rounds gave."""
 
     ours: list[JoinerRound] = field(default_factory=list)
+    ndjson: list[JoinerRound] = field(default_factory=list)
     varied: list[JoinerRound] = field(default_factory=list)
     faust: list[Steady] = field(default_factory=list)
     quix: list[Steady] = field(default_factory=list)
@@ -100,7 +101,7 @@ class _Bench:
 
     def run(self, *, peers: bool) -> _Results:
         self._turns(peers=peers)
-        self._varied()
+        self._others()
         self._memory()
         return self._results
 
@@ -123,12 +124,17 @@ class _Bench:
                 self._say(f"faust-{number}: {done.rate:,.0f} impressions/s read and sent")
                 self._quix_round(rivals, number)
 
-    def _varied(self) -> None:
+    def _others(self) -> None:
         # Only now: a joiner goes on to the next log when it has come to the end of one.
-        self._say(f"filling the topics: {self._impressions:,} impressions whose candidates never repeat")
-        log = fill_log(self._broker, traffic(self._impressions, varied=True))
-        for number in range(1, ROUNDS + 1):
-            self._results.varied.append(self._ours(log, f"joiner-varied-{number}"))
+        for name, rounds, varied in (
+            ("ndjson", self._results.ndjson, False),
+            ("varied", self._results.varied, True),
+        ):
+            kind = "NDJSON, candidates never repeated" if varied else "NDJSON"
+            self._say(f"filling the topics: {self._impressions:,} impressions as {kind}")
+            log = fill_log(self._broker, traffic(self._impressions, columnar=False, varied=varied))
+            for number in range(1, ROUNDS + 1):
+                rounds.append(self._ours(log, f"joiner-{name}-{number}"))
 
     def _memory(self) -> None:
         count = min(self._impressions, MAX_OPEN_IMPRESSIONS)
@@ -190,7 +196,8 @@ def _report(results: _Results, kind: KafkaKind, impressions: int) -> dict[str, A
         "plain_faust_impressions_per_second": _median(faust),
         "quix_impressions_per_second": _median(quix),
         "bytes_per_open_impression": results.bytes_per_open_impression,
-        "impressions_per_second_varied": _median([done.steady.rate for done in results.varied]),
+        "impressions_per_second_ndjson": _median([done.steady.rate for done in results.ndjson]),
+        "impressions_per_second_ndjson_varied": _median([done.steady.rate for done in results.varied]),
         "impressions_per_second_from_first_read": _median([done.from_first_read for done in results.ours]),
         "impressions_per_second_from_start": _median([done.from_start for done in results.ours]),
         "ratio_to_plain_faust": _median_ratio(ours, faust),
@@ -198,17 +205,21 @@ def _report(results: _Results, kind: KafkaKind, impressions: int) -> dict[str, A
         "quix_pass_through_impressions_per_second": None if passed is None else passed.rate,
         "quix_reason": results.quix_reason,
         "joiner_cpu_seconds_per_million": _cpu_per_million([done.steady for done in results.ours]),
-        "joiner_cpu_seconds_per_million_varied": _cpu_per_million([done.steady for done in results.varied]),
+        "joiner_cpu_seconds_per_million_ndjson": _cpu_per_million([done.steady for done in results.ndjson]),
+        "joiner_cpu_seconds_per_million_ndjson_varied": _cpu_per_million([done.steady for done in results.varied]),
         "plain_faust_cpu_seconds_per_million": _cpu_per_million(results.faust),
         "quix_cpu_seconds_per_million": _cpu_per_million(results.quix),
         "rounds": ROUNDS,
         "impressions_per_second_rounds": ours,
-        "impressions_per_second_varied_rounds": [done.steady.rate for done in results.varied],
+        "impressions_per_second_ndjson_rounds": [done.steady.rate for done in results.ndjson],
+        "impressions_per_second_ndjson_varied_rounds": [done.steady.rate for done in results.varied],
         "plain_faust_rounds": faust,
         "quix_rounds": quix,
         "impressions": impressions,
         "clicks_joined": results.ours[0].examples.positives,
-        "examples_counted": sum(done.examples.first_labels for done in (*results.ours, *results.varied)),
+        "examples_counted": sum(
+            done.examples.first_labels for done in (*results.ours, *results.ndjson, *results.varied)
+        ),
         "peer_impressions": min(impressions, MAX_PEER_IMPRESSIONS) if faust else 0,
         "open_impressions_memory": min(impressions, MAX_OPEN_IMPRESSIONS),
         "max_open_impressions": max(done.max_open for done in results.ours),

@@ -51,7 +51,7 @@ class JoinerRound:
     examples: ExampleCounts
 
 
-def traffic(impressions: int, *, varied: bool = False) -> Traffic:
+def traffic(impressions: int, *, columnar: bool = True, varied: bool = False) -> Traffic:
     """Return a log that ended a minute ago."""
     duration_ms = impressions * 1000 // IMPRESSIONS_A_SECOND
     return Traffic(
@@ -59,6 +59,7 @@ def traffic(impressions: int, *, varied: bool = False) -> Traffic:
             impressions=impressions,
             first_ms=time.time_ns() // 1_000_000 - duration_ms - 60_000,
             impressions_per_second=IMPRESSIONS_A_SECOND,
+            columnar=columnar,
             varied=varied,
             partitions=PARTITIONS,
         )

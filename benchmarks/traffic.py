@@ -14,11 +14,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from streams.contracts.codec import END_OF_LOG_MS, encode_mark
 from streams.contracts.decision_ids import make_decision_id
+from streams.contracts.events import Impression
+from streams.contracts.impressions import encode_impressions
 from streams.contracts.topics import CLICKS, IMPRESSIONS
 
 SLOTS: Final = ("title", "image", "highlight", "tag")
@@ -36,6 +39,7 @@ MEDIAN_DELAY_MS: Final = 2_000
 DELAY_SPREAD: Final = 1.0
 """Of the delay's logarithm: 18 % come after 5 s and 0.3 % after 30 s."""
 
+_decode_lines = msgspec.json.Decoder(Impression).decode_lines
 _CHUNK: Final = 8_192
 _DEVICES: Final = ("ios", "android", "desktop", "tablet")
 _SEGMENTS: Final = 100
@@ -74,6 +78,8 @@ class TrafficOptions:
     """Event time of the first impression. Leave enough time until now: what lies ahead is a dead letter."""
     impressions_per_second: int = 2_000
     """Of event time; with the attribution window it says how many are open at once."""
+    columnar: bool = True
+    """Impressions in columns, as our servers write them; else NDJSON, as other clients do."""
     varied: bool = False
     """Every impression has candidates of its own."""
     partitions: int = 4
@@ -187,11 +193,17 @@ class Traffic:
                 batch = waiting[partition]
                 batch.append(line)
                 if len(batch) == size:
-                    yield KafkaRecord(topic, partition, _ndjson(batch))
+                    yield KafkaRecord(topic, partition, self._value(topic, batch))
                     batch.clear()
             for partition, batch in enumerate(waiting):
                 if batch:
-                    yield KafkaRecord(topic, partition, _ndjson(batch))
+                    yield KafkaRecord(topic, partition, self._value(topic, batch))
+
+    def _value(self, topic: str, lines: Sequence[str]) -> bytes:
+        value = _ndjson(lines)
+        if topic == IMPRESSIONS and self.options.columnar:
+            return encode_impressions(_decode_lines(value))
+        return value
 
     def end_marks(self) -> Iterator[KafkaRecord]:
         """Yield the marks that end the log in every partition of both topics."""

@@ -25,6 +25,7 @@ from streams.contracts.catalog import Element, catalog_key
 from streams.contracts.codec import encode_batch, split_to_fit
 from streams.contracts.decision_ids import route_of
 from streams.contracts.events import Click, Event, Impression
+from streams.contracts.impressions import encode_impressions
 from streams.contracts.settings import ConfigurationError
 from streams.contracts.topics import CATALOG, CLICKS, IMPRESSIONS
 
@@ -95,8 +96,9 @@ def records(events: Iterable[Event], num_partitions: int, batch_size: int) -> It
         groups.setdefault((topic, route_of(event.decision_id) % num_partitions), []).append(event)
     # Impressions first: a click is then rarely read before its impression.
     for (topic, partition), group in sorted(groups.items(), key=lambda item: item[0][0] != IMPRESSIONS):
+        encode: Callable[[Sequence[Any]], bytes] = encode_impressions if topic == IMPRESSIONS else encode_batch
         for start in range(0, len(group), batch_size):
-            for part, value in split_to_fit(group[start : start + batch_size], encode_batch):
+            for part, value in split_to_fit(group[start : start + batch_size], encode):
                 newest_ms = max(event.occurred_at_ms for event in part)
                 yield Record(topic, partition, value, newest_ms, len(part))
 

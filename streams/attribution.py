@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from streams.contracts.codec import END_OF_LOG_MS, BadEvent
@@ -33,8 +32,8 @@ from streams.contracts.examples import LabelKind
 from streams.contracts.settings import JoinSettings
 from streams.contracts.topics import CLICKS, IMPRESSIONS
 from streams.event_clock import JOIN_TOPICS, EventClock, JoinTopic
-from streams.example_records import EXAMPLES_PER_RECORD, INDEX_BYTES, RECORD_BYTES, ExampleRecord, LatePositives
-from streams.impressions import Candidates, ImpressionBatch
+from streams.example_records import EXAMPLES_PER_RECORD, INDEX_BYTES, RECORD_BYTES, ExampleRecord, LatePositives, Part
+from streams.impressions import ImpressionBatch
 
 AFTER_END_MS: Final = END_OF_LOG_MS + 1
 IMPRESSION_BUCKETS: Final = ("joined", "expired", "pending", "duplicate", "dead_letter")
@@ -119,22 +118,17 @@ class _HeldRecord:
 class _Waiting:
     """Impressions of one record that have not left yet, in the order of their times."""
 
-    __slots__ = ("candidates", "clicks", "close_ms", "columns", "keys", "num_bytes", "row_bytes", "start", "times_ms")
+    __slots__ = ("clicks", "close_ms", "columns", "keys", "num_bytes", "start", "times_ms")
 
     def __init__(self, batch: ImpressionBatch, keys: NDArray[np.int64], close_ms: int) -> None:
-        self.columns: pa.RecordBatch = batch.columns
-        self.candidates = batch.candidates
+        self.columns = batch.columns
         self.times_ms = batch.times_ms
         self.keys = keys
         self.close_ms = close_ms
         self.clicks: dict[int, Click] = {}
         self.start = 0
         """Rows before this one have left."""
-        column_bytes = batch.columns.nbytes + sum([len(found.text) for found in batch.candidates])
-        # Texts of candidates are mostly shared, and counted here all the same: too much rather than too little.
-        self.num_bytes = column_bytes + (INDEX_BYTES + 8) * len(batch)
-        self.row_bytes = column_bytes // len(batch) + 1
-        """Of a row in the columns of a record."""
+        self.num_bytes = batch.columns.num_bytes + INDEX_BYTES * len(batch)
 
     def row_of(self, key: int) -> int:
         return int(np.flatnonzero(self.keys == key)[0])
@@ -416,7 +410,7 @@ class PartitionJoiner:
             first = waiting.start
             due = int(np.searchsorted(waiting.times_ms, watermark_ms - self._wait_ms, side="right"))
             waiting.start = due
-            row_bytes = waiting.row_bytes
+            row_bytes = waiting.columns.row_bytes
             while first < due:
                 room = min(EXAMPLES_PER_RECORD - num_rows, max(1, (RECORD_BYTES - num_bytes) // row_bytes))
                 last = min(due, first + room)
@@ -445,15 +439,14 @@ class PartitionJoiner:
                 self._leave(half)
             return
         clicks: dict[int, Click] = {}
-        candidates: list[Candidates] = []
+        num_rows = 0
         for part in leaving:
             if part.waiting.clicks:
-                start = len(candidates) - part.first
+                start = num_rows - part.first
                 clicks |= {start + row: c for row, c in part.waiting.clicks.items() if part.first <= row < part.last}
-            candidates += part.waiting.candidates[part.first : part.last]
+            num_rows += part.last - part.first
         record = ExampleRecord(
-            columns=[part.waiting.columns.slice(part.first, part.last - part.first) for part in leaving],
-            candidates=candidates,
+            parts=[Part(part.waiting.columns, part.first, part.last) for part in leaving],
             keys=np.concatenate([part.waiting.keys[part.first : part.last] for part in leaving]),
             times_ms=np.concatenate([part.waiting.times_ms[part.first : part.last] for part in leaving]),
             clicks=clicks,

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from kafka import KafkaConsumer, TopicPartition
 
-from streams.contracts.codec import EventDecoder
+from streams.contracts.codec import EventDecoder, lines_of
 from streams.contracts.dead_letters import DeadLetter
 from streams.contracts.events import Click, Impression
 from streams.contracts.settings import JoinSettings
@@ -124,7 +124,7 @@ class OriginReader:
         if self._held != (place, letter.offset):
             value = self._value(place, letter.offset)
             # As the decoder counts them.
-            self._lines = [line for line in value.split(b"\n") if line and not line.isspace()]
+            self._lines = lines_of(value)
             self._held = (place, letter.offset)
         if letter.index >= len(self._lines) or not self._lines[letter.index].startswith(letter.line):
             raise LookupError("line: cut, and another one stands at its place now; was the topic made anew?")

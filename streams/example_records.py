@@ -8,6 +8,7 @@ works there without holding up the reader. Nothing here knows Kafka or the clock
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -21,7 +22,7 @@ from streams.contracts.examples import (
     example_batch_of,
     example_record,
 )
-from streams.impressions import Candidates, CandidatesShelf
+from streams.impressions import CandidatesShelf, ImpressionColumns
 
 EXAMPLES_PER_RECORD: Final = 500
 RECORD_BYTES: Final = 800_000
@@ -30,13 +31,27 @@ INDEX_BYTES: Final = 120
 """What an open impression costs beside its columns: its key, its place in the index, its time."""
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows [first, last) of impressions that came together."""
+
+    columns: ImpressionColumns
+    first: int
+    last: int
+
+    @property
+    def num_bytes(self) -> int:
+        """About what they take in memory."""
+        row_bytes: int = self.columns.row_bytes
+        return row_bytes * (self.last - self.first)
+
+
 class ExampleRecord:
     """N examples that leave together, and the impressions in them as long as their window is open."""
 
     __slots__ = (
-        "_candidates",
         "_clicks",
-        "_columns",
+        "_parts",
         "_value",
         "clicked",
         "close_ms",
@@ -50,8 +65,7 @@ class ExampleRecord:
 
     def __init__(
         self,
-        columns: Sequence[pa.RecordBatch],
-        candidates: list[Candidates],
+        parts: Sequence[Part],
         keys: NDArray[np.int64],
         times_ms: NDArray[np.int64],
         clicks: Mapping[int, Click],
@@ -61,16 +75,14 @@ class ExampleRecord:
         """Take what a record is made of.
 
         Args:
-            columns: N rows of `streams.impressions.COLUMN_SCHEMA`, in one or more batches.
-            candidates: Of each row.
+            parts: Its N rows.
             keys: Key of each row in the joiner's index.
             times_ms: When each was shown.
             clicks: Row -> its click; the others have none so far.
             close_ms: When the watermark is beyond this, no click counts any more for any of them.
             kind_without_click: Of the label of a row without a click.
         """
-        self._columns: Sequence[pa.RecordBatch] = columns
-        self._candidates = candidates
+        self._parts = parts
         self._value: bytes | None = None
         self.keys = keys
         self.times_ms = times_ms
@@ -92,16 +104,14 @@ class ExampleRecord:
     @property
     def num_bytes(self) -> int:
         """About what it holds in memory."""
-        held = (
-            len(self._value) if self._value is not None else sum(part.nbytes + 8 * len(part) for part in self._columns)
-        )
+        held = sum(part.num_bytes for part in self._parts) if self._value is None else len(self._value)
         return held + INDEX_BYTES * len(self)
 
     def encode(self, shelf: CandidatesShelf) -> bytes:
         """Return the value of the Kafka record; the columns are let go. May run in another thread, once at a time."""
         if self._value is None:
             self._value = example_record(self._batch(shelf))
-            self._columns, self._candidates = (), []
+            self._parts = ()
         return self._value
 
     def row_of(self, key: int) -> int:
@@ -122,9 +132,7 @@ class ExampleRecord:
         )
 
     def _batch(self, shelf: CandidatesShelf) -> pa.RecordBatch:
-        columns = pa.concat_batches(self._columns)
-        names = [*columns.schema.names, "candidates"]
-        batch = pa.RecordBatch.from_arrays([*columns.columns, shelf.column(self._candidates)], names=names)
+        batch = pa.concat_batches([part.columns.rows(part.first, part.last, shelf) for part in self._parts])
         return labeled(batch, self._clicks, self.kind_without_click)
 
 

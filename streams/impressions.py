@@ -1,8 +1,8 @@
 """Impressions as the joiner holds them: a record's batch, column by column.
 
-Decoding a record into one object an impression, and those into columns again, would cost most of the joiner's time and
-memory. So the values go into Arrow columns at once, and the candidates, most of an impression's bytes and mostly those
-that the product had a moment ago, are parsed once for each distinct text.
+Records of our servers come in columns. NDJSON is parsed into them: its values go into Arrow at once, and the
+candidates, most of an impression's bytes and mostly those that the product had a moment ago, are parsed once for each
+distinct text.
 
 What is accepted is exactly what `EventDecoder` accepts: whatever the quick way is not sure of, it decides, with its
 reasons. Nothing here knows Kafka or the clock.
@@ -37,7 +37,16 @@ from streams.contracts.events import (
     Identifier,
     Impression,
 )
-from streams.contracts.examples import EXAMPLE_SCHEMA
+from streams.contracts.impressions import (
+    COLUMN_NAMES,
+    COLUMN_SCHEMA,
+    batch_of,
+    candidates_array,
+    is_columnar,
+    is_sound,
+    offsets_array,
+    read_impressions,
+)
 
 MAX_CACHED_BYTES: Final = 8 * 2**20
 """Of the texts of candidates that are kept parsed; what they are parsed into is some six times that."""
@@ -50,9 +59,8 @@ _WireSlots = Annotated[
 _decode_slots = msgspec.json.Decoder(_WireSlots).decode
 _encode_json = msgspec.json.Encoder().encode
 
-COLUMN_NAMES: Final = [name for name in Impression.__struct_fields__ if name not in ("schema_version", "candidates")]
-"""Columns of `ImpressionBatch.columns`: those of an example but the candidates and what the label adds."""
-COLUMN_SCHEMA: Final = pa.schema([EXAMPLE_SCHEMA.field(name) for name in COLUMN_NAMES])
+_PARSED: Final = pa.schema([field for field in COLUMN_SCHEMA if field.name != "candidates"])
+"""What of NDJSON goes into columns at once."""
 _NUM_FIELDS: Final = len(Impression.__struct_fields__)
 
 
@@ -117,16 +125,55 @@ class CandidatesCache:
             self._num_bytes -= len(text)
 
 
+class ImpressionColumns:
+    """The columns of N impressions, until they leave, in the form that takes little memory."""
+
+    __slots__ = ("_batch", "_candidates", "_value", "num_bytes", "row_bytes")
+
+    def __init__(self, batch: pa.RecordBatch, candidates: list[Candidates] | None, value: bytes | None = None) -> None:
+        """Keep the columns.
+
+        Args:
+            batch: N rows of `COLUMN_SCHEMA`, or without the candidates.
+            candidates: Of each row, if they are not in the batch.
+            value: The record of Kafka that holds just this batch, compressed: then it is kept instead.
+        """
+        self._batch = batch if value is None else None
+        self._candidates = candidates
+        self._value = value
+        texts = sum([len(found.text) + 8 for found in candidates]) if candidates else 0
+        column_bytes = batch.get_total_buffer_size() + texts
+        self.num_bytes = column_bytes if value is None else len(value)
+        """About what they take here. Texts of candidates are mostly shared, and counted in full all the same."""
+        self.row_bytes = column_bytes // max(1, batch.num_rows) + 1
+        """Of a row in a record of examples, before it is compressed."""
+
+    def take(self, rows: NDArray[np.intp]) -> ImpressionColumns:
+        """Return the columns of these rows, in that order."""
+        candidates = None if self._candidates is None else [self._candidates[row] for row in rows.tolist()]
+        return ImpressionColumns(self._columns().take(pa.array(rows)), candidates)
+
+    def rows(self, first: int, last: int, shelf: CandidatesShelf) -> pa.RecordBatch:
+        """Return rows [first, last) with all columns of `COLUMN_SCHEMA`."""
+        batch = self._columns().slice(first, last - first)
+        if self._candidates is None:
+            return batch
+        candidates = shelf.column(self._candidates[first:last])
+        arrays = [candidates if name == "candidates" else batch.column(name) for name in COLUMN_NAMES]
+        return pa.RecordBatch.from_arrays(arrays, schema=COLUMN_SCHEMA)
+
+    def _columns(self) -> pa.RecordBatch:
+        return self._batch if self._value is None else batch_of(self._value)
+
+
 @dataclass(frozen=True, slots=True)
 class ImpressionBatch:
     """N impressions in the order of their record."""
 
     ids: list[str]
     times_ms: NDArray[np.int64]
-    candidates: list[Candidates]
-    columns: pa.RecordBatch
-    """Of `COLUMN_SCHEMA`."""
-    lines: list[int]
+    columns: ImpressionColumns
+    lines: Sequence[int]
     """The place of each in the record, from 0."""
 
     def __len__(self) -> int:
@@ -136,7 +183,8 @@ class ImpressionBatch:
     @classmethod
     def empty(cls) -> ImpressionBatch:
         """Return the batch of a record without impressions."""
-        return cls([], np.empty(0, np.int64), [], pa.RecordBatch.from_pylist([], schema=COLUMN_SCHEMA), [])
+        columns = ImpressionColumns(pa.RecordBatch.from_pylist([], schema=COLUMN_SCHEMA), None)
+        return cls([], np.empty(0, np.int64), columns, [])
 
     def take(self, rows: Sequence[int] | NDArray[np.intp]) -> ImpressionBatch:
         """Return the batch of these rows, in that order."""
@@ -145,8 +193,7 @@ class ImpressionBatch:
         return ImpressionBatch(
             [self.ids[row] for row in chosen],
             self.times_ms[index],
-            [self.candidates[row] for row in chosen],
-            self.columns.take(pa.array(index)),
+            self.columns.take(index),
             [self.lines[row] for row in chosen],
         )
 
@@ -197,7 +244,7 @@ class ImpressionDecoder:
     def decode(self, value: bytes) -> tuple[ImpressionBatch, list[BadEvent]]:
         """Read the value of one record: the good impressions, and the bad lines. Never raises on bad bytes."""
         try:
-            batch = self._all_good(value)
+            batch = _all_sound(value) if is_columnar(value) else self._all_good(value)
             if batch is not None:
                 return batch, []
             decoded = self._exact.decode_batch(value)
@@ -222,7 +269,7 @@ class ImpressionDecoder:
         num_keys = _NUM_FIELDS * len(events) + sum([len(event.context) for event in events]) + 3 * len(flat.names)
         if not has_no_other_keys(value, num_keys):
             return None
-        return _batch(events, candidates, flat, list(range(len(events))))
+        return _batch(events, candidates, flat, range(len(events)))
 
     def _from_events(self, events: Sequence[Impression], bad: Container[int]) -> ImpressionBatch:
         """Make a batch of impressions that were decoded one by one; `bad` are the lines between them."""
@@ -231,6 +278,19 @@ class ImpressionDecoder:
         lines = list(islice((line for line in count() if line not in bad), len(events)))
         flat = _Flat(events, [event.creative for event in events])
         return _batch(events, candidates, flat, lines)
+
+
+def _all_sound(value: bytes) -> ImpressionBatch | None:
+    """Read a batch in columns; None if there is anything that a closer look must decide."""
+    try:
+        batch = read_impressions(value)
+    except ValueError:
+        return None
+    if batch.num_rows > MAX_BATCH_EVENTS or not is_sound(batch):
+        return None
+    ids = batch.column("decision_id").to_pylist()
+    times_ms = batch.column("occurred_at_ms").to_numpy()
+    return ImpressionBatch(ids, times_ms, ImpressionColumns(batch, None, value), range(len(ids)))
 
 
 def _has_a_line_each(value: bytes, num_events: int) -> bool:
@@ -247,10 +307,10 @@ def _has_a_line_each(value: bytes, num_events: int) -> bool:
 
 
 def _batch(
-    events: Sequence[Impression], candidates: list[Candidates], flat: _Flat, lines: list[int]
+    events: Sequence[Impression], candidates: list[Candidates], flat: _Flat, lines: Sequence[int]
 ) -> ImpressionBatch:
     ids = [event.decision_id for event in events]
-    starts = offsets(flat.num_slots)
+    starts = offsets_array(flat.num_slots)
     # Mostly all impressions of a record have the same slots: Arrow repeats a few names faster than it reads many.
     num_names = int(flat.num_slots[0]) if len(ids) else 0
     few = flat.names[:num_names]
@@ -264,12 +324,13 @@ def _batch(
         "creative": pa.MapArray.from_arrays(starts, names, pa.array(flat.chosen, pa.string())),
         "slot_propensities": pa.MapArray.from_arrays(starts, names, pa.array(flat.propensities)),
     }
-    for name in COLUMN_NAMES:
-        if name not in arrays:
-            arrays[name] = pa.array(list(map(attrgetter(name), events)), COLUMN_SCHEMA.field(name).type)
-    columns = pa.RecordBatch.from_arrays([arrays[name] for name in COLUMN_NAMES], schema=COLUMN_SCHEMA)
-    times_ms = columns.column("occurred_at_ms").to_numpy()
-    return ImpressionBatch(ids, times_ms, candidates, columns, lines)
+    for field in _PARSED:
+        if field.name not in arrays:
+            arrays[field.name] = pa.array(list(map(attrgetter(field.name), events)), field.type)
+    columns = pa.RecordBatch.from_arrays([arrays[name] for name in _PARSED.names], schema=_PARSED)
+    return ImpressionBatch(
+        ids, columns.column("occurred_at_ms").to_numpy(), ImpressionColumns(columns, candidates), lines
+    )
 
 
 class CandidatesShelf:
@@ -284,7 +345,7 @@ class CandidatesShelf:
         self._clear()
 
     def _clear(self) -> None:
-        self._array = _candidates_array([])
+        self._array = candidates_array([])
         self._places: dict[Candidates, int] = {}
         self._num_bytes = 0
 
@@ -299,7 +360,7 @@ class CandidatesShelf:
                 return self._taken(candidates)
         # Some of them came once only, and so may all others of this kind.
         distinct = {found: place for place, found in enumerate(dict.fromkeys(candidates))}
-        array = _candidates_array(list(distinct))
+        array = candidates_array([found.slots() for found in distinct])
         return array.take(pa.array([distinct[found] for found in candidates], pa.int32()))
 
     def _taken(self, candidates: Sequence[Candidates]) -> pa.Array:
@@ -311,22 +372,4 @@ class CandidatesShelf:
             self._clear()
             return
         self._places |= {found: place for place, found in enumerate(new, len(self._array))}
-        self._array = pa.concat_arrays([self._array, _candidates_array(new)])
-
-
-def _candidates_array(candidates: Sequence[Candidates]) -> pa.Array:
-    slots = [found.slots() for found in candidates]
-    lists = list(chain.from_iterable(map(dict.values, slots)))
-    elements = pa.array(list(chain.from_iterable(lists)), pa.string())
-    return pa.MapArray.from_arrays(
-        offsets(np.fromiter(map(len, slots), np.int32)),
-        pa.array(list(chain.from_iterable(slots)), pa.string()),
-        pa.ListArray.from_arrays(offsets(np.fromiter(map(len, lists), np.int32)), elements),
-    )
-
-
-def offsets(lengths: NDArray[np.int32]) -> pa.Array:
-    """Return where each of N lists of these lengths begins, and where the last ends: N + 1 numbers."""
-    ends = np.zeros(len(lengths) + 1, np.int32)
-    np.cumsum(lengths, out=ends[1:])
-    return pa.array(ends)
+        self._array = pa.concat_arrays([self._array, candidates_array([found.slots() for found in new])])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from streams.attribution import Record
-from streams.contracts.codec import BadEvent, EventDecoder
+from streams.contracts.codec import BadEvent, EventDecoder, lines_of
 from streams.contracts.events import Click
 from streams.contracts.settings import JoinSettings
 from streams.contracts.topics import IMPRESSIONS
@@ -56,7 +56,7 @@ class RecordDecoder:
         wrong = np.flatnonzero((times_ms > latest) | (times_ms < earliest)).tolist()
         if not wrong:
             return batch, bad
-        lines = _lines(value)
+        lines = lines_of(value)
         bad = [
             *bad,
             *(self._bad(batch.lines[row], int(times_ms[row]), timestamp_ms, lines[batch.lines[row]]) for row in wrong),
@@ -69,7 +69,7 @@ class RecordDecoder:
         latest, earliest = self._bounds(timestamp_ms)
         if all(earliest <= click.occurred_at_ms <= latest for click in clicks):
             return clicks, bad
-        lines = _lines(value)
+        lines = lines_of(value)
         places = [place for place in range(len(lines)) if place not in {event.index for event in bad}]
         good: list[Click] = []
         bad = list(bad)
@@ -95,8 +95,3 @@ class RecordDecoder:
                 f"occurred_at_ms: {hint}{time_ms} is {timestamp_ms - time_ms} ms before its record was written; {limit}"
             )
         return BadEvent(place, reason, line)
-
-
-def _lines(value: bytes) -> list[bytes]:
-    """Return the lines as their places count them: blank ones are none."""
-    return [line for line in value.split(b"\n") if line and not line.isspace()]

@@ -1,4 +1,4 @@
-"""Batches of events: newline-separated JSON (NDJSON), one batch for each Kafka record.
+"""Batches of events: newline-separated JSON (NDJSON), one batch for each Kafka record, or impressions in columns.
 
 A bad line never spoils its neighbors: `decode_batch` returns the good events and, for each bad one, its place, the
 field and the reason. A batch of one is a single event, so any client can write to the topics by hand.
@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 
 from streams.contracts.events import Event, Impression, impression_fault
+from streams.contracts.impressions import impression_lines, is_columnar, read_impressions
 
 MAX_LINE_BYTES: Final = 256 * 1024
 MAX_BATCH_EVENTS: Final = 10_000
@@ -62,8 +63,13 @@ class EventDecoder(Generic[EventT]):
 
     def decode_batch(self, value: bytes) -> Decoded[EventT]:
         """Read the value of one record of `impressions` or `clicks`. Never raises on bad bytes."""
+        if self._is_impression and is_columnar(value):
+            try:
+                return self._line_by_line(lines_of(value))
+            except ValueError as error:
+                return Decoded(bad=[BadEvent(0, f"record: {error}", value)])
         events = self._all_good(value)
-        return self._line_by_line(value) if events is None else Decoded(events)
+        return self._line_by_line(_ndjson_lines(value)) if events is None else Decoded(events)
 
     def _all_good(self, value: bytes) -> list[EventT] | None:
         """Read the batch in one go; None if there is anything that a closer look must decide."""
@@ -83,14 +89,11 @@ class EventDecoder(Generic[EventT]):
         num_lines = value.count(b"\n") + (not value.endswith(b"\n"))
         return events if has_no_other_keys(value, keys) and num_lines == len(events) <= MAX_BATCH_EVENTS else None
 
-    def _line_by_line(self, value: bytes) -> Decoded[EventT]:
+    def _line_by_line(self, lines: Iterable[bytes]) -> Decoded[EventT]:
         out: Decoded[EventT] = Decoded()
         events = out.events
         decode = self._decode
-        index = 0
-        for line in value.split(b"\n"):
-            if not line or line.isspace():
-                continue
+        for index, line in enumerate(lines):
             reason: str | None = None
             if index >= MAX_BATCH_EVENTS:
                 reason = f"batch: more than {MAX_BATCH_EVENTS} events in one record; send smaller batches"
@@ -107,7 +110,6 @@ class EventDecoder(Generic[EventT]):
                         events.append(event)
             if reason is not None:
                 out.bad.append(BadEvent(index, reason, line))
-            index += 1
         return out
 
     def _num_keys(self, event: Impression) -> int:
@@ -125,6 +127,19 @@ class EventDecoder(Generic[EventT]):
                 return reason
             return impression_fault(event)
         return _duplicate_key(line)
+
+
+def lines_of(value: bytes) -> list[bytes]:
+    """Return the events of a record as lines of JSON, in the order in which their places are counted.
+
+    Raises:
+        ValueError: If the record is an Arrow stream that cannot be read.
+    """
+    return impression_lines(read_impressions(value)) if is_columnar(value) else _ndjson_lines(value)
+
+
+def _ndjson_lines(value: bytes) -> list[bytes]:
+    return [line for line in value.split(b"\n") if line and not line.isspace()]
 
 
 def has_no_other_keys(text: bytes, num_keys: int) -> bool:
@@ -148,7 +163,8 @@ def _reason(error: Exception) -> str:
     message = str(error)
     cause, at, path = message.rpartition(" - at `")
     if at:
-        return f"{path.rstrip('`').removeprefix('$').lstrip('.') or 'event'}: {cause}"
+        # A key's own fault is told as "key` in `$.context".
+        return f"{path.rpartition('$')[2].strip('.`') or 'event'}: {cause}"
     return f"event: {message}"
 
 

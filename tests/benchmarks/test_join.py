@@ -21,14 +21,15 @@ from streams.contracts.codec import END_OF_LOG_MS, EventDecoder, encode_batch, m
 from streams.contracts.decision_ids import route_of, verify_decision_id
 from streams.contracts.events import Click, Impression
 from streams.contracts.examples import EXAMPLE_SCHEMA, encode_examples
+from streams.contracts.impressions import encode_impressions, is_columnar
 from streams.contracts.topics import CLICKS, IMPRESSIONS
 
 FIRST_MS = 1_764_000_000_000
 COUNT = 12_000
 
 
-def traffic(*, varied: bool = False) -> Traffic:
-    return Traffic(TrafficOptions(impressions=COUNT, first_ms=FIRST_MS, varied=varied))
+def traffic(*, columnar: bool = False, varied: bool = False) -> Traffic:
+    return Traffic(TrafficOptions(impressions=COUNT, first_ms=FIRST_MS, columnar=columnar, varied=varied))
 
 
 def decoded(records: Sequence[KafkaRecord], topic: str, kind: Any) -> list[tuple[int, Any]]:
@@ -39,7 +40,8 @@ def decoded(records: Sequence[KafkaRecord], topic: str, kind: Any) -> list[tuple
         if record.topic == topic:
             batch = decoder.decode_batch(record.value)
             assert batch.bad == []
-            assert encode_batch(batch.events) == record.value  # what `serving` would have written
+            encode = encode_impressions if is_columnar(record.value) else encode_batch
+            assert encode(batch.events) == record.value  # what `serving` would have written
             found += [(record.partition, event) for event in batch.events]
     return found
 
@@ -60,6 +62,12 @@ def test_traffic_is_what_serving_would_write(varied: bool) -> None:
             times = [event.occurred_at_ms for partition, event in events if partition == p]
             assert all(a <= b for a, b in pairwise(times))
     assert 700 < sum(len(r.value) for r in records if r.topic == IMPRESSIONS) / COUNT < 900
+
+
+def test_columns_hold_the_same_impressions_as_lines() -> None:
+    columnar, lines = list(traffic(columnar=True).batches()), list(traffic().batches())
+    assert decoded(columnar, IMPRESSIONS, Impression) == decoded(lines, IMPRESSIONS, Impression)
+    assert all(is_columnar(record.value) == (record.topic == IMPRESSIONS) for record in columnar)
 
 
 def test_clicks_come_seconds_later_and_some_too_late() -> None:

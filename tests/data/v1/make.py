@@ -11,6 +11,7 @@ from streams.contracts.codec import encode_batch
 from streams.contracts.decision_ids import make_decision_id
 from streams.contracts.events import Click, Impression
 from streams.contracts.examples import LabelKind
+from streams.contracts.impressions import encode_impressions
 from tests.builders import Labeled, examples_value
 
 FOLDER = Path(__file__).parent
@@ -101,9 +102,10 @@ def golden_labels() -> list[Labeled]:
 
 
 def main() -> int:
-    """Write the three files."""
+    """Write the files."""
     files = {
         "impressions.ndjson": encode_batch(golden_impressions()),
+        "impressions.arrow": encode_impressions(golden_impressions()),
         "clicks.ndjson": encode_batch(golden_clicks()),
         "examples.arrow": examples_value(golden_labels()),
     }

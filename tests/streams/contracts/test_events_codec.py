@@ -459,7 +459,7 @@ def batches(draw: st.DrawFn) -> bytes:
 @given(batches())
 def test_fast_path_agrees_with_the_careful_one(value: bytes) -> None:
     fast = IMPRESSIONS._all_good(value)
-    careful = IMPRESSIONS._line_by_line(value)
+    careful = IMPRESSIONS._line_by_line(lines_of(value))
     if fast is not None:
         assert careful.bad == []
         assert fast == careful.events
@@ -478,7 +478,7 @@ def test_fast_path_is_taken_for_what_we_write() -> None:
     ids=["glued", "space", "carriage return", "pretty-printed"],
 )
 def test_fast_path_takes_only_one_event_a_line(value: bytes) -> None:
-    careful = IMPRESSIONS._line_by_line(value)
+    careful = IMPRESSIONS._line_by_line(lines_of(value))
     decoded = IMPRESSIONS.decode_batch(value)
     assert (decoded.events, len(decoded.bad)) == (careful.events, len(careful.bad))
 
