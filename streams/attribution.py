@@ -38,8 +38,6 @@ from streams.impressions import ImpressionBatch
 AFTER_END_MS: Final = END_OF_LOG_MS + 1
 IMPRESSION_BUCKETS: Final = ("joined", "expired", "pending", "duplicate", "dead_letter")
 CLICK_BUCKETS: Final = ("joined", "pending", "late", "duplicate", "orphan", "dead_letter")
-MAX_COLUMN_BYTES: Final = 1_000_000
-"""Of one record, measured; a little over `RECORD_BYTES`, which are estimated, and below the 1 MiB of the broker."""
 CLICK_BYTES: Final = 600
 """About what a click that waits for its impression costs in memory."""
 
@@ -145,28 +143,6 @@ class _Leaving:
     waiting: _Waiting
     first: int
     last: int
-
-    @property
-    def num_bytes(self) -> int:
-        """What the rows take in the columns of a record, at most."""
-        columns: int = self.waiting.columns.slice(self.first, self.last - self.first).nbytes
-        texts = sum([len(found.text) for found in self.waiting.candidates[self.first : self.last]])
-        # An element id costs a byte more in Arrow than in JSON, where it has four at least with its quotes and comma.
-        return columns + texts + texts // 4
-
-
-def _halves(leaving: Sequence[_Leaving]) -> tuple[list[_Leaving], list[_Leaving]]:
-    first: list[_Leaving] = []
-    second: list[_Leaving] = []
-    left = sum(part.last - part.first for part in leaving) // 2
-    for part in leaving:
-        middle = min(part.last, part.first + left)
-        left -= middle - part.first
-        if middle > part.first:
-            first.append(_Leaving(part.waiting, part.first, middle))
-        if middle < part.last:
-            second.append(_Leaving(part.waiting, middle, part.last))
-    return first, second
 
 
 class PartitionJoiner:
@@ -410,15 +386,20 @@ class PartitionJoiner:
             first = waiting.start
             due = int(np.searchsorted(waiting.times_ms, watermark_ms - self._wait_ms, side="right"))
             waiting.start = due
-            row_bytes = waiting.columns.row_bytes
+            columns = waiting.columns
             while first < due:
-                room = min(EXAMPLES_PER_RECORD - num_rows, max(1, (RECORD_BYTES - num_bytes) // row_bytes))
-                last = min(due, first + room)
+                most = min(due, first + EXAMPLES_PER_RECORD - num_rows)
+                last = columns.fitting(first, most, RECORD_BYTES - num_bytes)
+                if last == first and leaving:
+                    self._leave(leaving)
+                    leaving, num_rows, num_bytes = [], 0, 0
+                    continue
+                last = max(last, first + 1)
                 leaving.append(_Leaving(waiting, first, last))
                 num_rows += last - first
-                num_bytes += (last - first) * row_bytes
+                num_bytes += columns.bytes_of(first, last)
                 first = last
-                if num_rows >= EXAMPLES_PER_RECORD or num_bytes + row_bytes > RECORD_BYTES:
+                if num_rows >= EXAMPLES_PER_RECORD:
                     self._leave(leaving)
                     leaving, num_rows, num_bytes = [], 0, 0
             if due < len(waiting.times_ms):
@@ -429,15 +410,7 @@ class PartitionJoiner:
             self._leave(leaving)
 
     def _leave(self, leaving: Sequence[_Leaving]) -> None:
-        """Make one record of these rows, and let their keys lead to it.
-
-        Rows of very different sizes may be larger than `_emit` thinks, which knows their mean: they become two records.
-        """
-        num_rows = sum(part.last - part.first for part in leaving)
-        if num_rows > 1 and sum(part.num_bytes for part in leaving) > MAX_COLUMN_BYTES:
-            for half in _halves(leaving):
-                self._leave(half)
-            return
+        """Make one record of these rows, and let their keys lead to it."""
         clicks: dict[int, Click] = {}
         num_rows = 0
         for part in leaving:

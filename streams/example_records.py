@@ -42,8 +42,7 @@ class Part:
     @property
     def num_bytes(self) -> int:
         """About what they take in memory."""
-        row_bytes: int = self.columns.row_bytes
-        return row_bytes * (self.last - self.first)
+        return self.columns.bytes_of(self.first, self.last)
 
 
 class ExampleRecord:

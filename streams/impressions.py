@@ -46,6 +46,7 @@ from streams.contracts.impressions import (
     is_sound,
     offsets_array,
     read_impressions,
+    row_sizes,
 )
 
 MAX_CACHED_BYTES: Final = 8 * 2**20
@@ -128,7 +129,7 @@ class CandidatesCache:
 class ImpressionColumns:
     """The columns of N impressions, until they leave, in the form that takes little memory."""
 
-    __slots__ = ("_batch", "_candidates", "_value", "num_bytes", "row_bytes")
+    __slots__ = ("_batch", "_candidates", "_ends", "_value", "num_bytes")
 
     def __init__(self, batch: pa.RecordBatch, candidates: list[Candidates] | None, value: bytes | None = None) -> None:
         """Keep the columns.
@@ -141,12 +142,23 @@ class ImpressionColumns:
         self._batch = batch if value is None else None
         self._candidates = candidates
         self._value = value
-        texts = sum([len(found.text) + 8 for found in candidates]) if candidates else 0
-        column_bytes = batch.get_total_buffer_size() + texts
-        self.num_bytes = column_bytes if value is None else len(value)
+        sizes = row_sizes(batch)
+        if candidates:
+            # An element id costs a byte more in Arrow than in JSON, where its quotes and a comma make it four at least.
+            texts = np.fromiter([len(found.text) for found in candidates], np.int64, len(candidates))
+            sizes += texts + texts // 4
+        self._ends = np.concatenate([[0], np.cumsum(sizes)])
+        """Bytes of the rows before each, in a record of examples before it is compressed."""
+        self.num_bytes = int(self._ends[-1]) if value is None else len(value)
         """About what they take here. Texts of candidates are mostly shared, and counted in full all the same."""
-        self.row_bytes = column_bytes // max(1, batch.num_rows) + 1
-        """Of a row in a record of examples, before it is compressed."""
+
+    def bytes_of(self, first: int, last: int) -> int:
+        """Return what rows [first, last) take in a record of examples, before it is compressed."""
+        return int(self._ends[last] - self._ends[first])
+
+    def fitting(self, first: int, last: int, num_bytes: int) -> int:
+        """Return the end of the rows from `first` on, `last` at most, that take no more than so many bytes."""
+        return min(last, int(np.searchsorted(self._ends, self._ends[first] + num_bytes, side="right")) - 1)
 
     def take(self, rows: NDArray[np.intp]) -> ImpressionColumns:
         """Return the columns of these rows, in that order."""
