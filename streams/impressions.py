@@ -29,6 +29,7 @@ from streams.contracts.codec import (
     BadEvent,
     EventDecoder,
     has_no_other_keys,
+    is_a_line_each,
 )
 from streams.contracts.events import (
     MAX_CANDIDATES,
@@ -271,7 +272,7 @@ class ImpressionDecoder:
             candidates = [self._cache.get(bytes(event.candidates)) for event in events]
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return None
-        if not _has_a_line_each(value, len(events)):
+        if len(events) > MAX_BATCH_EVENTS or not is_a_line_each(value, len(events)) or _has_long_line(value):
             return None
         slots = [found.slots() for found in candidates]
         flat = _Flat(events, slots)
@@ -286,8 +287,14 @@ class ImpressionDecoder:
     def _from_events(self, events: Sequence[Impression], bad: Container[int]) -> ImpressionBatch:
         """Make a batch of impressions that were decoded one by one; `bad` are the lines between them."""
         candidates = [self._cache.get(_encode_json(event.candidates)) for event in events]
-        # In the order of the candidates, which need not be that of the creative.
         lines = list(islice((line for line in count() if line not in bad), len(events)))
+        # The columns share the names of the slots, and take them from the creative.
+        events = [
+            msgspec.structs.replace(
+                event, slot_propensities={slot: event.slot_propensities[slot] for slot in event.creative}
+            )
+            for event in events
+        ]
         flat = _Flat(events, [event.creative for event in events])
         return _batch(events, candidates, flat, lines)
 
@@ -305,17 +312,12 @@ def _all_sound(value: bytes) -> ImpressionBatch | None:
     return ImpressionBatch(ids, times_ms, ImpressionColumns(batch, None, value), range(len(ids)))
 
 
-def _has_a_line_each(value: bytes, num_events: int) -> bool:
-    """Say whether each of the events is on one line, of a length that is allowed.
-
-    The places of bad events are line numbers, so a value over two lines, or two on one, needs a closer look.
-    """
-    ends = np.flatnonzero(np.frombuffer(value, np.uint8) == ord("\n"))
-    if not value.endswith(b"\n"):
-        ends = np.append(ends, len(value))
-    if not 0 < num_events == len(ends) <= MAX_BATCH_EVENTS:
+def _has_long_line(value: bytes) -> bool:
+    """Say whether a line is longer than is allowed."""
+    if len(value) <= MAX_LINE_BYTES:
         return False
-    return int(np.diff(ends, prepend=-1).max()) - 1 <= MAX_LINE_BYTES
+    ends = np.append(np.flatnonzero(np.frombuffer(value, np.uint8) == ord("\n")), len(value))
+    return int(np.diff(ends, prepend=-1).max()) - 1 > MAX_LINE_BYTES
 
 
 def _batch(

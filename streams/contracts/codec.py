@@ -85,9 +85,9 @@ class EventDecoder(Generic[EventT]):
             if impression_fault(impression):
                 return None
             keys += self._num_keys(impression)
-        # The places of bad events are line numbers, so a value over two lines, or two on one, needs a closer look too.
-        num_lines = value.count(b"\n") + (not value.endswith(b"\n"))
-        return events if has_no_other_keys(value, keys) and num_lines == len(events) <= MAX_BATCH_EVENTS else None
+        if len(events) > MAX_BATCH_EVENTS or not is_a_line_each(value, len(events)):
+            return None
+        return events if has_no_other_keys(value, keys) else None
 
     def _line_by_line(self, lines: Iterable[bytes]) -> Decoded[EventT]:
         out: Decoded[EventT] = Decoded()
@@ -140,6 +140,17 @@ def lines_of(value: bytes) -> list[bytes]:
 
 def _ndjson_lines(value: bytes) -> list[bytes]:
     return [line for line in value.split(b"\n") if line and not line.isspace()]
+
+
+def is_a_line_each(value: bytes, num_events: int) -> bool:
+    """Say whether each of the events that were decoded from a batch surely has a line for itself, none blank.
+
+    Places are line numbers, so a value over two lines, or two on one, needs a closer look. After `}` and a newline, `{`
+    can only begin another event: within one, a comma or another bracket follows. So as many lines as events are proof
+    if all begin and end so. False only means "not sure".
+    """
+    num_breaks = value.count(b"}\n{")
+    return num_breaks + 1 == num_events and value.count(b"\n") == num_breaks + value.endswith(b"\n")
 
 
 def has_no_other_keys(text: bytes, num_keys: int) -> bool:

@@ -130,14 +130,7 @@ def test_bad_time_in_a_batch_that_is_read_in_one_go_takes_its_own_line_alone(top
     assert [(bad.index, bad.line) for bad in record.bad] == [(place, encode_event(events[place])) for place in (1, 3)]
 
 
-@pytest.mark.parametrize(
-    "topic",
-    [
-        # To be taken away with the fault in `ImpressionDecoder`.
-        pytest.param(IMPRESSIONS, marks=pytest.mark.xfail(strict=True, raises=IndexError, reason="glued lines")),
-        CLICKS,
-    ],
-)
+@pytest.mark.parametrize("topic", JOIN_TOPICS)
 def test_two_events_on_a_line_with_bad_times_are_no_reason_to_stop(topic: JoinTopic) -> None:
     pair = encode_event(event(topic, "a", NOW_MS)) + encode_event(event(topic, "b", 5))
     record = decoder().decode(topic, 0, NOW_MS, pair + b"\n\n")
