@@ -149,8 +149,13 @@ def is_a_line_each(value: bytes, num_events: int) -> bool:
     can only begin another event: within one, a comma or another bracket follows. So as many lines as events are proof
     if all begin and end so. False only means "not sure".
     """
-    num_breaks = value.count(b"}\n{")
-    return num_breaks + 1 == num_events and value.count(b"\n") == num_breaks + value.endswith(b"\n")
+    text = np.frombuffer(value, np.uint8)  # several times as fast as looking for the three bytes
+    breaks = np.flatnonzero(text == ord("\n"))
+    if value.endswith(b"\n"):
+        breaks = breaks[:-1]
+    if len(breaks) + 1 != num_events or not value.startswith(b"{"):
+        return False
+    return bool((text[breaks - 1] == ord("}")).all() and (text[breaks + 1] == ord("{")).all())
 
 
 def has_no_other_keys(text: bytes, num_keys: int) -> bool:
