@@ -126,6 +126,10 @@ class EventDecoder(Generic[EventT]):
             if not has_no_other_keys(line, self._num_keys(event)) and (reason := _duplicate_key(line)):
                 return reason
             return impression_fault(event)
+        # Three keys are required and one may be left out, so these have no room for another, or for one twice.
+        num_keys = line.count(b":")
+        if num_keys == 3 or (num_keys == 4 and line.count(b'"reward":') == 1):
+            return None
         return _duplicate_key(line)
 
 

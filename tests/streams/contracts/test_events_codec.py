@@ -554,3 +554,31 @@ def test_records_without_a_readable_mark_hold_events() -> None:
 
 def test_mark_header_without_a_value_is_no_mark() -> None:
     assert mark_of([(MARK_HEADER, None)]) is None  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"schema_version":1,"decision_id":"a","decision_id":"b","occurred_at_ms":1}',
+        b'{"schema_version":1,"decision_id":"reward","decision_id":"b","occurred_at_ms":1}',
+        b'{"schema_version":1,"decision_id":"a","occurred_at_ms":1,"reward":1,"reward":2}',
+        b'{"schema_version":1,"schema_version":1,"decision_id":"\\"reward\\"","occurred_at_ms":1}',
+        b'{"schema_version":1,"decision_id":"a","occurred_at_ms" :1,"reward" :2,"reward" :3}',
+    ],
+)
+def test_click_with_a_key_twice_is_refused(line: bytes) -> None:
+    [bad] = CLICKS.decode_batch(line).bad
+    assert "key stands twice" in bad.reason
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"schema_version":1,"decision_id":"a:b","occurred_at_ms":1}',
+        b'{"schema_version":1,"decision_id":"a","occurred_at_ms":1,"reward":2.5}',
+        b'{"schema_version":1,"decision_id":"a","occurred_at_ms":1,"other":{"x":1}}',
+    ],
+)
+def test_click_with_each_key_once_is_accepted(line: bytes) -> None:
+    decoded = CLICKS.decode_batch(line)
+    assert (len(decoded.events), decoded.bad) == (1, [])
