@@ -37,6 +37,29 @@ class _ConsumerThread(AIOKafkaConsumerThread):
         consumer._fetch_max_wait_ms = transport.fetch_max_wait_ms  # noqa: SLF001 - no setting
         return consumer
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.gaps: dict[TP, tuple[int, int]] = {}
+
+    async def _fetch_records(
+        self,
+        consumer: AIOKafkaConsumer,
+        active_partitions: set[TP],
+        timeout: float | None = None,  # noqa: ASYNC109 - Faust's signature
+        max_records: int | None = None,
+    ) -> Mapping[TP, list[Any]]:
+        # Where the client skips offsets that hold no record is seen here only, beside the records that it hands out.
+        before = _positions(consumer)
+        records: Mapping[TP, list[Any]] = await super()._fetch_records(
+            consumer, active_partitions, timeout=timeout, max_records=max_records
+        )
+        for place, end in _positions(consumer).items():
+            begin = records[place][-1].offset + 1 if place in records else before.get(place, end)
+            if begin < end:
+                known = self.gaps.get(place, (begin, begin))
+                self.gaps[place] = (known[0] if known[1] == begin else begin, end)
+        return records
+
     def answered_at_ms(self, place: TP) -> int | None:
         """Return when the broker last answered a fetch of this partition, in Unix milliseconds; None: not yet."""
         consumer = self._consumer
@@ -72,6 +95,16 @@ class _ConsumerThread(AIOKafkaConsumerThread):
         return True
 
 
+def _positions(consumer: AIOKafkaConsumer) -> dict[TP, int]:
+    """Return the offset of the next record that the client will hand out, for each partition it owns."""
+    subscription = consumer._subscription.subscription  # noqa: SLF001 - its own `position` waits, and sends requests
+    assignment = None if subscription is None else subscription.assignment
+    if assignment is None or not assignment.active:
+        return {}
+    states = {TP(tp.topic, tp.partition): assignment.state_value(tp) for tp in assignment.tps}
+    return {place: state.position for place, state in states.items() if state.has_valid_position}
+
+
 class LogConsumer(Consumer):
     """Faust's consumer for agents that acknowledge by position: "everything before this offset is done".
 
@@ -103,6 +136,14 @@ class LogConsumer(Consumer):
     def answered_at_ms(self, place: TP) -> int | None:
         """Return when the broker last answered a fetch of this partition, in Unix milliseconds; None: not yet."""
         return self._thread.answered_at_ms(place)
+
+    def after_gap(self, place: TP, offset: int) -> int:
+        """Return where reading goes on from an offset: further on, if those that follow hold no record.
+
+        A transaction ends with an offset that nobody is given, and so does the log when nothing follows it.
+        """
+        begin, end = self._thread.gaps.get(place, (offset, offset))
+        return end if begin <= offset < end else offset
 
     def has_lost_its_group(self) -> bool:
         """Say whether this consumer will never again take part in a rebalance."""

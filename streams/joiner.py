@@ -201,6 +201,7 @@ class Joiner:
             answered_at_ms = self._consumer.answered_at_ms(place)
             if position is None or end is None or answered_at_ms is None:
                 continue  # until the first fetch has been answered
+            position = self._consumer.after_gap(place, position)
             self._rereading.read(place, position)
             # What is held is not fetched, so that nobody knows where its log ends now.
             if position >= end and place not in self._held:
