@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections.abc import Mapping, Set
-from typing import Any
+from collections.abc import AsyncIterator, Mapping, Set
+from typing import Any, Final
 
 import faust
 import mode
@@ -117,6 +117,22 @@ class LogConsumer(Consumer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._held: set[TP] = set()
+
+    async def getmany(self, timeout: float) -> AsyncIterator[tuple[TP, Any]]:  # noqa: ASYNC109 - Faust's signature
+        """Fetch records.
+
+        Raises:
+            RuntimeError: If the log of a partition has been cut: aiokafka then begins it again, and Faust passes over
+                whatever comes below the offset that it has reached, without a word.
+        """
+        async for place, message in super().getmany(timeout):
+            reached = self._read_offset[place]
+            if reached is not None and message.offset < reached:
+                raise RuntimeError(
+                    f"{place.topic} partition {place.partition}: offset {message.offset} came after {reached}: the "
+                    "broker has lost records"
+                )
+            yield place, message
 
     def _new_consumer_thread(self) -> AIOKafkaConsumerThread:
         return _ConsumerThread(self, loop=self.loop, beacon=self.beacon)
