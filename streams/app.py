@@ -27,6 +27,9 @@ from streams.contracts.settings import KafkaSettings
 
 logger = logging.getLogger(__name__)
 
+MAX_HOLD_S: Final = 30 * 86_400.0
+"""For so long a consumer may hold all its partitions: until somebody has mended what made it stop."""
+
 
 class _ConsumerThread(AIOKafkaConsumerThread):
     """Faust's thread around an aiokafka consumer, with what Faust has no setting or call for."""
@@ -218,6 +221,8 @@ def create_app(settings: KafkaSettings, group: str, *, instance_id: str | None =
         broker_session_timeout=session_s,
         broker_request_timeout=max(60.0, 2 * session_s),
         broker_heartbeat_interval=session_s / 10,
+        # While everything is held nothing is polled; after this long aiokafka leaves the group and never comes back.
+        broker_max_poll_interval=MAX_HOLD_S,
         consumer_auto_offset_reset="earliest",
         consumer_max_fetch_size=4 * 2**20,
         producer_request_timeout=30.0,
