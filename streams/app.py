@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections.abc import Mapping, Set
-from typing import Any
+from collections.abc import AsyncIterator, Mapping, Set
+from typing import Any, Final
 
 import faust
 import mode
@@ -27,6 +27,9 @@ from streams.contracts.settings import KafkaSettings
 
 logger = logging.getLogger(__name__)
 
+MAX_HOLD_S: Final = 30 * 86_400.0
+"""For so long a consumer may hold all its partitions: until somebody has mended what made it stop."""
+
 
 class _ConsumerThread(AIOKafkaConsumerThread):
     """Faust's thread around an aiokafka consumer, with what Faust has no setting or call for."""
@@ -36,6 +39,29 @@ class _ConsumerThread(AIOKafkaConsumerThread):
         # Faust asks the broker to wait 1.5 s for records; the embedded broker then does, even when some have come.
         consumer._fetch_max_wait_ms = transport.fetch_max_wait_ms  # noqa: SLF001 - no setting
         return consumer
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.gaps: dict[TP, tuple[int, int]] = {}
+
+    async def _fetch_records(
+        self,
+        consumer: AIOKafkaConsumer,
+        active_partitions: set[TP],
+        timeout: float | None = None,  # noqa: ASYNC109 - Faust's signature
+        max_records: int | None = None,
+    ) -> Mapping[TP, list[Any]]:
+        # Where the client skips offsets that hold no record is seen here only, beside the records that it hands out.
+        before = _positions(consumer)
+        records: Mapping[TP, list[Any]] = await super()._fetch_records(
+            consumer, active_partitions, timeout=timeout, max_records=max_records
+        )
+        for place, end in _positions(consumer).items():
+            begin = records[place][-1].offset + 1 if place in records else before.get(place, end)
+            if begin < end:
+                known = self.gaps.get(place, (begin, begin))
+                self.gaps[place] = (known[0] if known[1] == begin else begin, end)
+        return records
 
     def answered_at_ms(self, place: TP) -> int | None:
         """Return when the broker last answered a fetch of this partition, in Unix milliseconds; None: not yet."""
@@ -72,6 +98,16 @@ class _ConsumerThread(AIOKafkaConsumerThread):
         return True
 
 
+def _positions(consumer: AIOKafkaConsumer) -> dict[TP, int]:
+    """Return the offset of the next record that the client will hand out, for each partition it owns."""
+    subscription = consumer._subscription.subscription  # noqa: SLF001 - its own `position` waits, and sends requests
+    assignment = None if subscription is None else subscription.assignment
+    if assignment is None or not assignment.active:
+        return {}
+    states = {TP(tp.topic, tp.partition): assignment.state_value(tp) for tp in assignment.tps}
+    return {place: state.position for place, state in states.items() if state.has_valid_position}
+
+
 class LogConsumer(Consumer):
     """Faust's consumer for agents that acknowledge by position: "everything before this offset is done".
 
@@ -84,6 +120,22 @@ class LogConsumer(Consumer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._held: set[TP] = set()
+
+    async def getmany(self, timeout: float) -> AsyncIterator[tuple[TP, Any]]:  # noqa: ASYNC109 - Faust's signature
+        """Fetch records.
+
+        Raises:
+            RuntimeError: If the log of a partition has been cut: aiokafka then begins it again, and Faust passes over
+                whatever comes below the offset that it has reached, without a word.
+        """
+        async for place, message in super().getmany(timeout):
+            reached = self._read_offset[place]
+            if reached is not None and message.offset < reached:
+                raise RuntimeError(
+                    f"{place.topic} partition {place.partition}: offset {message.offset} came after {reached}: the "
+                    "broker has lost records"
+                )
+            yield place, message
 
     def _new_consumer_thread(self) -> AIOKafkaConsumerThread:
         return _ConsumerThread(self, loop=self.loop, beacon=self.beacon)
@@ -103,6 +155,14 @@ class LogConsumer(Consumer):
     def answered_at_ms(self, place: TP) -> int | None:
         """Return when the broker last answered a fetch of this partition, in Unix milliseconds; None: not yet."""
         return self._thread.answered_at_ms(place)
+
+    def after_gap(self, place: TP, offset: int) -> int:
+        """Return where reading goes on from an offset: further on, if those that follow hold no record.
+
+        A transaction ends with an offset that nobody is given, and so does the log when nothing follows it.
+        """
+        begin, end = self._thread.gaps.get(place, (offset, offset))
+        return end if begin <= offset < end else offset
 
     def has_lost_its_group(self) -> bool:
         """Say whether this consumer will never again take part in a rebalance."""
@@ -162,6 +222,8 @@ def create_app(settings: KafkaSettings, group: str, *, instance_id: str | None =
         broker_session_timeout=session_s,
         broker_request_timeout=max(60.0, 2 * session_s),
         broker_heartbeat_interval=session_s / 10,
+        # While everything is held nothing is polled; after this long aiokafka leaves the group and never comes back.
+        broker_max_poll_interval=MAX_HOLD_S,
         consumer_auto_offset_reset="earliest",
         consumer_max_fetch_size=4 * 2**20,
         producer_request_timeout=30.0,

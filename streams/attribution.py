@@ -191,7 +191,12 @@ class PartitionJoiner:
     @property
     def num_bytes(self) -> int:
         """About how much memory they take."""
-        return self._bytes + CLICK_BYTES * self._num_clicks
+        return self._bytes + self.num_click_bytes
+
+    @property
+    def num_click_bytes(self) -> int:
+        """The part of it that clicks take which wait for their impressions."""
+        return CLICK_BYTES * self._num_clicks
 
     def lead_ms(self, topic: JoinTopic) -> int:
         """Return how far a topic has been read ahead of the other, in event time."""

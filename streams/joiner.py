@@ -201,6 +201,7 @@ class Joiner:
             answered_at_ms = self._consumer.answered_at_ms(place)
             if position is None or end is None or answered_at_ms is None:
                 continue  # until the first fetch has been answered
+            position = self._consumer.after_gap(place, position)
             self._rereading.read(place, position)
             # What is held is not fetched, so that nobody knows where its log ends now.
             if position >= end and place not in self._held:
@@ -213,18 +214,24 @@ class Joiner:
     def _regulate(self) -> None:
         """Hold what must not be read now, and let the rest go."""
         readings = [
-            Reading(TP(topic, partition), joiner.lead_ms(topic), TP(other, partition) in self._at_end)
+            Reading(
+                TP(topic, partition),
+                joiner.lead_ms(topic),
+                TP(other, partition) in self._at_end,
+                is_behind=joiner.lead_ms(other) > 0,
+            )
             for partition, joiner in self._partitions.items()
             for topic, other in zip(JOIN_TOPICS, reversed(JOIN_TOPICS), strict=True)
         ]
-        num_bytes = sum(joiner.num_bytes for joiner in self._partitions.values())
-        memory_share = num_bytes / (self._settings.join_memory_mb * 2**20)
+        limit = self._settings.join_memory_mb * 2**20
+        memory_share = sum(joiner.num_bytes for joiner in self._partitions.values()) / limit
         cause = self._breaker_cause
         self._held = places_to_hold(
             readings,
             max_lead_ms=max(1_000, self._settings.attribution_window_ms // 10),
             memory_share=memory_share,
             is_stopped=cause is not None,
+            clicks_share=sum(joiner.num_click_bytes for joiner in self._partitions.values()) / limit,
         )
         self._consumer.hold(self._held)
         self._report.memory(is_full=memory_share >= 1.0, joiners=self._partitions.values())

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 from genco.loop import KafkaKind
-from genco.services import find_kafka_home, free_port
+from genco.services import KafkaBroker, find_kafka_home, free_port
 from streams.clients import UnreachableError, create_topics
 from streams.contracts.settings import KafkaSettings
 
@@ -60,6 +60,28 @@ def kafka_container() -> Iterator[str]:
         yield server
 
 
+def no_kafka() -> None:
+    """End the test that needs one."""
+    if os.environ.get("REQUIRE_KAFKA"):
+        pytest.fail("REQUIRE_KAFKA is set, and there is no Kafka at KAFKA_HOME or ../shared/kafka, and no Docker")
+    pytest.skip("no Kafka at KAFKA_HOME or ../shared/kafka, and no Docker")
+
+
+@pytest.fixture(scope="module")
+def kafka_servers() -> Iterator[dict[str, str]]:
+    """Settings that lead to an Apache Kafka with our topics, one for all tests of a file."""
+    if find_kafka_home() is not None:
+        with KafkaBroker() as broker:
+            settings = KafkaSettings(kafka_bootstrap_servers=broker.bootstrap_servers)
+            create_topics(settings)
+            yield broker.client_settings()
+    elif docker_answers():
+        with kafka_container() as server:
+            yield {"GENCO_KAFKA_BOOTSTRAP_SERVERS": server}
+    else:
+        no_kafka()
+
+
 @pytest.fixture
 def apache_kafka(monkeypatch: pytest.MonkeyPatch) -> Iterator[KafkaKind]:
     """How `Loop` is to find a real Kafka."""
@@ -69,10 +91,8 @@ def apache_kafka(monkeypatch: pytest.MonkeyPatch) -> Iterator[KafkaKind]:
         with kafka_container() as server:
             monkeypatch.setenv("GENCO_KAFKA_BOOTSTRAP_SERVERS", server)
             yield "configured"
-    elif os.environ.get("REQUIRE_KAFKA"):
-        pytest.fail("REQUIRE_KAFKA is set, and there is no Kafka at KAFKA_HOME or ../shared/kafka, and no Docker")
     else:
-        pytest.skip("no Kafka at KAFKA_HOME or ../shared/kafka, and no Docker")
+        no_kafka()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from faust.types import TP
 
-from streams.app import LogConsumer, create_app
+from streams.app import MAX_HOLD_S, LogConsumer, create_app
 from streams.contracts.settings import KafkaSettings
 from streams.contracts.topics import CLICKS, IMPRESSIONS
 
@@ -104,3 +104,8 @@ def test_pause_of_faust_would_lose_records_that_were_fetched(
     # Should this ever fail, Faust has mended it, and `hold` can be what `pause_partitions` is.
     found = deliver(consumer, monkeypatch, during=lambda: consumer.pause_partitions(BOTH))
     assert len(found) == 1
+
+
+def test_app_that_reads_nothing_for_hours_stays_in_its_group() -> None:
+    app = create_app(KafkaSettings(kafka_bootstrap_servers="localhost:9092"), "group")
+    assert app.conf.broker_max_poll_interval == MAX_HOLD_S
