@@ -58,6 +58,9 @@ class Consumer:
     def answered_at_ms(self, place: TP) -> int | None:
         return self.answered_ms
 
+    def after_gap(self, place: TP, offset: int) -> int:
+        return offset
+
     def has_lost_its_group(self) -> bool:
         return not self.is_member
 
