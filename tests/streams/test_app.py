@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ def consumer() -> Iterator[LogConsumer]:
 def deliver(consumer: LogConsumer, monkeypatch: pytest.MonkeyPatch, during: Any) -> list[tuple[str, int]]:
     """Return what reaches the streams of three records fetched for each partition; `during` comes after the first."""
     monkeypatch.setattr(consumer, "highwater", lambda place: 3)
-    monkeypatch.setattr(consumer, "_to_message", lambda place, record: record)
+    monkeypatch.setattr(consumer, "_to_message", lambda place, record: SimpleNamespace(offset=record))
 
     async def fetched(active_partitions: set[TP], **_: Any) -> dict[TP, list[int]]:
         return {place: [0, 1, 2] for place in sorted(active_partitions)}
@@ -48,7 +49,7 @@ def deliver(consumer: LogConsumer, monkeypatch: pytest.MonkeyPatch, during: Any)
         async for place, record in consumer.getmany(1.0):
             if not found:
                 during()
-            found.append((place.topic, record))
+            found.append((place.topic, record.offset))
         return found
 
     loop: asyncio.AbstractEventLoop = consumer.loop
@@ -109,3 +110,15 @@ def test_pause_of_faust_would_lose_records_that_were_fetched(
 def test_app_that_reads_nothing_for_hours_stays_in_its_group() -> None:
     app = create_app(KafkaSettings(kafka_bootstrap_servers="localhost:9092"), "group")
     assert app.conf.broker_max_poll_interval == MAX_HOLD_S
+
+
+def test_reading_goes_on_after_offsets_that_hold_no_record(consumer: LogConsumer) -> None:
+    consumer._thread.gaps[SHOWN] = (5, 8)
+    assert [consumer.after_gap(SHOWN, offset) for offset in (4, 5, 7, 8)] == [4, 8, 8, 8]
+    assert consumer.after_gap(CLICKED, 5) == 5
+
+
+def test_log_that_was_cut_ends_the_process(consumer: LogConsumer, monkeypatch: pytest.MonkeyPatch) -> None:
+    consumer._read_offset[CLICKED] = 7
+    with pytest.raises(RuntimeError, match="clicks partition 0: offset 0 came after 7: the broker has lost records"):
+        deliver(consumer, monkeypatch, lambda: None)

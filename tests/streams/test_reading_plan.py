@@ -52,6 +52,15 @@ def test_at_the_limit_only_clicks_that_hold_the_watermark_are_read(at_end: froze
     assert held(1.0, lead_of_clicks_ms=5, at_end=at_end) == {IMPRESSIONS, CLICKS}
 
 
+@pytest.mark.parametrize(("clicks_share", "expected"), [(0.4, {IMPRESSIONS, CLICKS}), (0.6, {CLICKS})])
+def test_at_the_limit_impressions_are_read_while_only_their_clicks_take_it(
+    clicks_share: float, expected: set[str]
+) -> None:
+    readings = [Reading(SHOWN, 0, False, is_behind=True), Reading(CLICKED, 5, False)]
+    found = places_to_hold(readings, max_lead_ms=LEAD_MS, memory_share=1.5, is_stopped=False, clicks_share=clicks_share)
+    assert {place.topic for place in found} == expected
+
+
 @pytest.mark.parametrize("memory_share", [0.0, 0.7, 1.5])
 def test_stopped_reading_holds_everything(memory_share: float) -> None:
     assert held(memory_share, is_stopped=True) == {IMPRESSIONS, CLICKS}
