@@ -126,14 +126,17 @@ class LogConsumer(Consumer):
 
         Raises:
             RuntimeError: If the log of a partition has been cut: aiokafka then begins it again, and Faust passes over
-                whatever comes below the offset that it has reached, without a word.
+                whatever comes below the offset that it has reached, without a word. Of topics with acknowledgement
+                nothing is told: their agents may seek back.
         """
         async for place, message in super().getmany(timeout):
             reached = self._read_offset[place]
-            if reached is not None and message.offset < reached:
+            is_behind = reached is not None and message.offset < reached
+            if is_behind and not self.app.topics.acks_enabled_for(place.topic):
                 raise RuntimeError(
                     f"{place.topic} partition {place.partition}: offset {message.offset} came after {reached}: the "
-                    "broker has lost records"
+                    "broker has lost records, or the topic was made anew. If that is meant, start with another "
+                    "GENCO_JOINER_GROUP"
                 )
             yield place, message
 
