@@ -6,9 +6,11 @@ that sends nonsense: going on would throw the traffic away line by line. Pure: n
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Final
 
+_VARYING: Final = re.compile(r"\d+(\.\d+)?|'[^']*'")
 MIN_EVENTS: Final = 500
 """Below so many, a share says nothing."""
 
@@ -38,7 +40,8 @@ class Breaker:
             reasons: Of each bad one, why it is bad.
         """
         self._newer[""] += num_good
-        self._newer.update(reason or "?" for reason in reasons)
+        # Numbers and names differ from event to event; the cause does not.
+        self._newer.update(_VARYING.sub("…", reason) or "?" for reason in reasons)
         if self._newer.total() >= self._min_events:
             self._judge(self._older + self._newer)
             self._older, self._newer = self._newer, Counter()

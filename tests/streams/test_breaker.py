@@ -80,3 +80,10 @@ def test_bad_event_without_a_reason_is_bad_all_the_same() -> None:
     breaker = Breaker(0.1, min_events=10)
     breaker.observe(0, [""] * 10)
     assert breaker.cause == "10 of the last 10 events are bad, 10 of them for: ?"
+
+
+def test_cause_groups_reasons_that_differ_in_numbers_and_names() -> None:
+    breaker = Breaker(0.1, min_events=10)
+    breaker.observe(0, [f"occurred_at_ms: {number} is {number}.5 ms ahead of 'd{number}'" for number in range(20)])
+    assert breaker.is_open
+    assert "20 of the last 20 events are bad, 20 of them for: occurred_at_ms: … is … ms ahead of …" in breaker.cause
