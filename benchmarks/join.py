@@ -29,6 +29,7 @@ from benchmarks.join_ours import (
     run_round,
     traffic,
 )
+from benchmarks.join_parts import microseconds_of_parts
 from benchmarks.join_peers import PEER_TOPICS, Peers, PeerUnavailableError, quix_python
 from benchmarks.processes import Steady
 from benchmarks.traffic import IMPRESSIONS_A_RECORD
@@ -40,6 +41,7 @@ ROUNDS: Final = 3
 DEFAULT_IMPRESSIONS: Final[dict[KafkaKind, int]] = {"home": 1_000_000, "embedded": 60_000}
 MAX_PEER_IMPRESSIONS: Final = 100_000
 MAX_OPEN_IMPRESSIONS: Final = 500_000
+MAX_PARTS_IMPRESSIONS: Final = 200_000
 
 Say = Callable[[str], None]
 
@@ -57,6 +59,8 @@ class _Results:
     quix_reason: str | None = None
     """Why there is no figure."""
     bytes_per_open_impression: float = 0.0
+    parts: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Microseconds an impression, by part."""
 
 
 def run(*, impressions: int | None, kafka: KafkaKind | None, peers: bool, say: Say) -> dict[str, Any]:
@@ -103,6 +107,7 @@ class _Bench:
         self._turns(peers=peers)
         self._others()
         self._memory()
+        self._parts()
         return self._results
 
     def _turns(self, *, peers: bool) -> None:
@@ -142,6 +147,13 @@ class _Bench:
         self._results.bytes_per_open_impression = bytes_per_open_impression(
             self._broker, traffic(count), "joiner-memory", self._directory
         )
+
+    def _parts(self) -> None:
+        count = min(self._impressions, MAX_PARTS_IMPRESSIONS)
+        self._say(f"the parts by themselves: {count:,} impressions")
+        for name, columnar in (("columns", True), ("ndjson", False)):
+            log = traffic(count, columnar=columnar)
+            self._results.parts[name] = microseconds_of_parts(log, ATTRIBUTION_WINDOW_MS, LABEL_WAIT_MS)
 
     def _ours(self, log: JoinLog, group: str) -> JoinerRound:
         done = run_round(self._broker, log, group, self._directory)
@@ -209,6 +221,7 @@ def _report(results: _Results, kind: KafkaKind, impressions: int) -> dict[str, A
         "joiner_cpu_seconds_per_million_ndjson_varied": _cpu_per_million([done.steady for done in results.varied]),
         "plain_faust_cpu_seconds_per_million": _cpu_per_million(results.faust),
         "quix_cpu_seconds_per_million": _cpu_per_million(results.quix),
+        **{f"{part}_us_{name}": us for name, parts in results.parts.items() for part, us in parts.items()},
         "rounds": ROUNDS,
         "impressions_per_second_rounds": ours,
         "impressions_per_second_ndjson_rounds": [done.steady.rate for done in results.ndjson],

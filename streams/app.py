@@ -228,6 +228,8 @@ def create_app(settings: KafkaSettings, group: str, *, instance_id: str | None =
         # While everything is held nothing is polled; after this long aiokafka leaves the group and never comes back.
         broker_max_poll_interval=MAX_HOLD_S,
         consumer_auto_offset_reset="earliest",
+        # So that a topic which was made anew is noticed within a minute; the default is five.
+        consumer_metadata_max_age_ms=60_000,
         consumer_max_fetch_size=4 * 2**20,
         producer_request_timeout=30.0,
         producer_acks=-1,
