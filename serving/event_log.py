@@ -36,6 +36,8 @@ HIGH_WATER: Final = 0.8
 CLICKS_ONLY: Final = 0.95
 """Share of the queue from which no impression is taken."""
 """Below the brokers' default limit of 1 MB, even where nothing can be compressed."""
+COLUMNS_FROM: Final = 32
+"""Impressions in a record from which columns pay: their schema takes a kilobyte or two."""
 STALLED_S: Final = 5.0
 """Without an acknowledgement for so long, while events wait, the log counts as disconnected."""
 CATALOG_TIMEOUT_S: Final = 5.0
@@ -96,7 +98,8 @@ def records(events: Iterable[Event], num_partitions: int, batch_size: int) -> It
         groups.setdefault((topic, route_of(event.decision_id) % num_partitions), []).append(event)
     # Impressions first: a click is then rarely read before its impression.
     for (topic, partition), group in sorted(groups.items(), key=lambda item: item[0][0] != IMPRESSIONS):
-        encode: Callable[[Sequence[Any]], bytes] = encode_impressions if topic == IMPRESSIONS else encode_batch
+        is_worth_columns = topic == IMPRESSIONS and min(len(group), batch_size) >= COLUMNS_FROM
+        encode: Callable[[Sequence[Any]], bytes] = encode_impressions if is_worth_columns else encode_batch
         for start in range(0, len(group), batch_size):
             for part, value in split_to_fit(group[start : start + batch_size], encode):
                 newest_ms = max(event.occurred_at_ms for event in part)

@@ -22,7 +22,7 @@ from streams.contracts.settings import ConfigurationError, KafkaSettings, RedisS
 from streams.contracts.topics import JOINED, TOPICS
 
 COMPRESSION: Final = "zstd"
-"""Events repeat their field names, so they shrink seven-fold; gzip takes ten times as long for a little less."""
+"""Events repeat their field names, so they shrink seven-fold; gzip takes ten times as long for more."""
 
 CONNECT_TIMEOUT_S: Final = 3.0
 ClientT = TypeVar("ClientT")

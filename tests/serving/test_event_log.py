@@ -13,6 +13,7 @@ import pytest
 from kafka.errors import KafkaConnectionError, KafkaTimeoutError, MessageSizeTooLargeError, UnknownProducerIdError
 
 from serving.event_log import (
+    COLUMNS_FROM,
     EventLog,
     RouteRotation,
     records,
@@ -23,6 +24,7 @@ from streams.contracts.catalog import Element
 from streams.contracts.codec import MAX_RECORD_BYTES, EventDecoder
 from streams.contracts.decision_ids import make_decision_id
 from streams.contracts.events import Click, Impression
+from streams.contracts.impressions import is_columnar
 
 KEY = b"k" * 32
 NOW_MS = 1_764_000_000_000
@@ -89,6 +91,16 @@ def test_records_stay_below_the_brokers_limit() -> None:
     assert sum(r.num_events for r in made) == 20
     assert max(len(r.value) for r in made) <= MAX_RECORD_BYTES
     assert len(made) > 1
+
+
+@pytest.mark.parametrize(("count", "columns"), [(COLUMNS_FROM - 1, False), (COLUMNS_FROM, True)])
+def test_well_filled_records_of_impressions_are_in_columns(count: int, columns: bool) -> None:
+    impressions = [impression(0, n) for n in range(count)]
+    [record] = records(impressions, num_partitions=1, batch_size=256)
+    assert is_columnar(record.value) is columns
+    assert EventDecoder(Impression).decode_batch(record.value).events == impressions
+    clicks = list(records([click(0, n) for n in range(count)], num_partitions=1, batch_size=256))
+    assert not is_columnar(clicks[0].value)
 
 
 def test_route_stays_for_a_batch_or_a_linger_time_then_rotates() -> None:
