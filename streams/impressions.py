@@ -11,6 +11,7 @@ reasons. Nothing here knows Kafka or the clock.
 from __future__ import annotations
 
 import operator
+from collections import OrderedDict
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, count, islice
@@ -96,7 +97,8 @@ class CandidatesCache:
 
     def __init__(self, max_bytes: int = MAX_CACHED_BYTES) -> None:
         self._max_bytes = max_bytes
-        self._by_text: dict[bytes, Candidates] = {}
+        # The oldest of a plain dict is found only after all that were removed before it.
+        self._by_text: OrderedDict[bytes, Candidates] = OrderedDict()
         self._num_bytes = 0
         self._new: list[Candidates] = []
 
@@ -122,8 +124,8 @@ class CandidatesCache:
             found.let_go()
         self._new.clear()
         while self._num_bytes > self._max_bytes:
-            text = next(iter(self._by_text))
-            self._by_text.pop(text).let_go()
+            text, found = self._by_text.popitem(last=False)
+            found.let_go()
             self._num_bytes -= len(text)
 
 
