@@ -144,6 +144,7 @@ def running(kind: KafkaKind) -> Iterator[tuple[dict[str, str], int]]:
 
 
 @pytest.mark.kafka
+@pytest.mark.long
 def test_two_archivers_on_apache_kafka_killed_and_restarted_write_every_offset_once(
     tmp_path: Path, apache_kafka: KafkaKind
 ) -> None:

@@ -156,5 +156,6 @@ def test_incident_is_mended_and_joined(tmp_path: Path) -> None:
 
 
 @pytest.mark.kafka
+@pytest.mark.long
 def test_incident_on_apache_kafka_is_mended_and_joined(tmp_path: Path, apache_kafka: KafkaKind) -> None:
     run_and_check(tmp_path, apache_kafka)

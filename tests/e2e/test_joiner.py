@@ -212,6 +212,7 @@ def broker_of(env: dict[str, str]) -> str:
     return env["GENCO_KAFKA_BOOTSTRAP_SERVERS"]
 
 
+@pytest.mark.long
 def test_joiner_with_a_name_is_restarted_without_a_rebalance(tmp_path: Path, kafka_servers: dict[str, str]) -> None:
     with (
         scene_of(kafka_servers, tmp_path, kafka_session_timeout_ms=20_000) as scene,
@@ -230,6 +231,7 @@ def test_joiner_with_a_name_is_restarted_without_a_rebalance(tmp_path: Path, kaf
         assert len(scene.said("one-again", "partitions assigned")) == 1
 
 
+@pytest.mark.long
 def test_gaps_that_transactions_leave_in_the_offsets_lose_nothing(
     tmp_path: Path, kafka_servers: dict[str, str]
 ) -> None:
