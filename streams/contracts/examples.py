@@ -154,8 +154,13 @@ def encode_examples(columns: Mapping[str, Sequence[Any]]) -> bytes:
 
 def example_record(batch: pa.RecordBatch) -> bytes:
     """Return the value of one Kafka record: an Arrow IPC stream with this batch of `EXAMPLE_SCHEMA`, compressed."""
+    return arrow_stream(batch, EXAMPLE_SCHEMA)
+
+
+def arrow_stream(batch: pa.RecordBatch, schema: pa.Schema) -> bytes:
+    """Return an Arrow IPC stream with one batch, its buffers compressed; the schema brings its metadata along."""
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, EXAMPLE_SCHEMA, options=pa.ipc.IpcWriteOptions(compression=COMPRESSION)) as writer:
+    with pa.ipc.new_stream(sink, schema, options=pa.ipc.IpcWriteOptions(compression=COMPRESSION)) as writer:
         writer.write_batch(batch)
     return bytes(sink.getvalue())
 

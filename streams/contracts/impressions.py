@@ -29,7 +29,7 @@ from streams.contracts.events import (
     Impression,
     Source,
 )
-from streams.contracts.examples import COMPRESSION, EXAMPLE_SCHEMA
+from streams.contracts.examples import EXAMPLE_SCHEMA, arrow_stream
 
 SCHEMA_VERSION: Final = 1
 COLUMN_NAMES: Final = [name for name in Impression.__struct_fields__ if name != "schema_version"]
@@ -56,10 +56,7 @@ def is_columnar(value: bytes) -> bool:
 def encode_impressions(impressions: Sequence[Impression]) -> bytes:
     """Return the value of one record."""
     arrays = [_column(impressions, name) for name in COLUMN_NAMES]
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, IMPRESSION_SCHEMA, options=pa.ipc.IpcWriteOptions(compression=COMPRESSION)) as writer:
-        writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=IMPRESSION_SCHEMA))
-    return bytes(sink.getvalue())
+    return arrow_stream(pa.RecordBatch.from_arrays(arrays, schema=IMPRESSION_SCHEMA), IMPRESSION_SCHEMA)
 
 
 def batch_of(value: bytes) -> pa.RecordBatch:
