@@ -422,20 +422,7 @@ def real_blob() -> tuple[bytes, FeatureSpec]:
         content_size=2,
         encoder="hash-1:2",
     )
-    sizes: dict[Any, int] = {
-        "M": 4,
-        "S": 2,
-        "Q": 1,
-        "F": 2,
-        "G": 2,
-        "C": 1,
-        "D": 2,
-        "P": 1,
-        "E": 3,
-        "R": 0,
-        "d": 2,
-        "h": 3,
-    }
+    sizes: dict[Any, int] = {1: 1} | dict(zip("MSQFGCDPERdh", (4, 2, 1, 2, 2, 1, 2, 1, 3, 0, 2, 3), strict=True))
     rng = np.random.default_rng(0)
     tensors: dict[str, Any] = {
         name: rng.normal(size=[sizes[dim] for dim in tensor.dims]).astype(np.float32)
