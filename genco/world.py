@@ -143,7 +143,7 @@ class World:
 
     def catalog(self, now_s: float) -> Catalog:
         """Return the elements alive and the products with their candidates, as plain Python data."""
-        first = self._first_alive(now_s)
+        first = self.first_alive(now_s)
         elements = [
             self._element_record(slot, number)
             for slot in range(len(self.config.slots))
@@ -157,7 +157,21 @@ class World:
 
     def candidates(self, product: int, now_s: float) -> IntArray:
         """Return the (S, A) numbers of the elements that a product may use, ascending in each slot."""
-        return np.sort(self._numbers(self._candidates[product], self._first_alive(now_s)), axis=1)
+        return np.sort(self._numbers(self._candidates[product], self.first_alive(now_s)), axis=1)
+
+    def all_candidates(self, now_s: float) -> IntArray:
+        """Return the (P, S, A) numbers of the elements that each product may use, ascending in each slot."""
+        return np.sort(self._numbers(self._candidates, self.first_alive(now_s)), axis=2)
+
+    def content(self, now_s: float) -> tuple[int, FloatArray]:
+        """Return the number of the oldest element alive, and the (S, E, content_size) content of it and those after it.
+
+        What `catalog` tells of the elements, as an array.
+        """
+        first = self.first_alive(now_s)
+        numbers = range(first, first + self.config.elements_per_slot)
+        content = [[self._element(slot, n).content for n in numbers] for slot in range(len(self.config.slots))]
+        return first, np.array(content)
 
     def requests(self, rng: np.random.Generator, n: int, now_s: float) -> Requests:
         """Draw n requests, evenly over products and contexts; shoppers of all time zones come at any time.
@@ -174,7 +188,7 @@ class World:
 
     def request_dicts(self, requests: Requests, now_s: float) -> list[Request]:
         """Return the requests ready for JSON; requests of one product share their `candidates`."""
-        first = self._first_alive(now_s)
+        first = self.first_alive(now_s)
         candidates = {int(product): self._candidate_ids(product, first) for product in np.unique(requests.product)}
         rows = zip(requests.product, requests.device, requests.segment, requests.hour, strict=True)
         return [
@@ -273,7 +287,8 @@ class World:
         drift, turnover = self.config.drift_every_s, self.config.new_elements_every_s
         return (int(now_s // drift) if drift else 0, int(now_s // turnover) if turnover else 0)
 
-    def _first_alive(self, now_s: float) -> int:
+    def first_alive(self, now_s: float) -> int:
+        """Return the number of the oldest element alive, the same in every slot."""
         return self._era(now_s)[1] * self.config.new_elements
 
     def _numbers(self, places: IntArray, first_alive: int) -> IntArray:

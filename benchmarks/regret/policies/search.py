@@ -1,0 +1,93 @@
+"""Coordinate ascent over tables of effects, for peers whose score is a sum of single and pairwise terms.
+
+Shapes: N requests, M draws, S slots, Q = S (S - 1) / 2 pairs of slots (s < t, s first), A candidates, E elements of a
+slot by number, C context numbers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from benchmarks.regret.policies.base import Floats32, Ints
+
+
+class Effects(NamedTuple):
+    """Effects of elements on each of M draws, in any unit that adds up."""
+
+    main: Floats32
+    """(M, S, E)"""
+    by_context: Floats32
+    """(M, S, E, C): times the context numbers."""
+    pair: Floats32
+    """(M, Q, E, E): of the earlier slot's element and the later one's."""
+
+
+def best_creatives(effects: Effects, draw_N: Ints, context_NC: Floats32, candidates_NSA: Ints) -> Ints:
+    """Return the (N, S) element numbers that each request's draw likes best.
+
+    From the best elements by themselves, slot after slot takes its best candidate given the others until none moves,
+    and again from an arbitrary start that differs between requests; the better end wins.
+    """
+    chosen: Ints = _search(*effects, draw_N, context_NC, candidates_NSA)
+    return chosen
+
+
+@njit(cache=True, fastmath=True)
+def _search(main, by_context, pair, draw_N, context_NC, candidates_NSA):  # type: ignore[no-untyped-def]
+    num_requests, num_slots, width = candidates_NSA.shape
+    out = np.empty((num_requests, num_slots), np.int64)
+    score = np.empty((num_slots, width), np.float32)
+    at, best_at = np.empty(num_slots, np.int64), np.empty(num_slots, np.int64)
+    index = np.zeros((num_slots, num_slots), np.int64)
+    q = 0
+    for s in range(num_slots):
+        for t in range(s + 1, num_slots):
+            index[s, t] = index[t, s] = q
+            q += 1
+    for i in range(num_requests):
+        m = draw_N[i]
+        for s in range(num_slots):
+            for a in range(width):
+                e = candidates_NSA[i, s, a]
+                value = main[m, s, e]
+                for c in range(context_NC.shape[1]):
+                    if context_NC[i, c] != 0:
+                        value += by_context[m, s, e, c] * context_NC[i, c]
+                score[s, a] = value
+        best = np.float32(-np.inf)
+        for start in range(2):
+            for s in range(num_slots):
+                at[s] = score[s].argmax() if start == 0 else (i + 3 * s) % width
+            for _ in range(8):
+                moved = False
+                for s in range(num_slots):
+                    top, place = np.float32(-np.inf), at[s]
+                    for a in range(width):
+                        e = candidates_NSA[i, s, a]
+                        value = score[s, a]
+                        for t in range(num_slots):
+                            if t < s:
+                                value += pair[m, index[s, t], candidates_NSA[i, t, at[t]], e]
+                            elif t > s:
+                                value += pair[m, index[s, t], e, candidates_NSA[i, t, at[t]]]
+                        if value > top:
+                            top, place = value, a
+                    if place != at[s]:
+                        at[s] = place
+                        moved = True
+                if not moved:
+                    break
+            value = np.float32(0)
+            for s in range(num_slots):
+                value += score[s, at[s]]
+                for t in range(s + 1, num_slots):
+                    value += pair[m, index[s, t], candidates_NSA[i, s, at[s]], candidates_NSA[i, t, at[t]]]
+            if value > best:
+                best = value
+                best_at[:] = at
+        for s in range(num_slots):
+            out[i, s] = candidates_NSA[i, s, best_at[s]]
+    return out
