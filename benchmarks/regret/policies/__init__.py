@@ -42,6 +42,9 @@ class Entry:
 REGISTRY: Final[dict[str, Entry]] = {
     OURS: Entry("genco", "Genco", sources=("learner", "serving", "streams.contracts")),
     "uniform": Entry("uniform", "Uniform"),
+    "beta-ts": Entry("beta_ts", "BetaTs"),
+    "linear-ts": Entry("linear_ts", "LinearTs", needs=("numba",)),
+    "mvt": Entry("mvt", "Mvt", needs=("numba",)),
     "bayes-content": Entry("bayes_content", "BayesContent", needs=("numba",)),
     "bayes-content-forget": Entry("bayes_content", "BayesContentForget", needs=("numba",)),
 }

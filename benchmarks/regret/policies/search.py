@@ -1,4 +1,4 @@
-"""Coordinate ascent over tables of effects, for peers whose score is a sum of single and pairwise terms.
+"""Scores and coordinate ascent, for peers whose score of a card is a sum of single and pairwise terms.
 
 Shapes: N requests, M draws, S slots, Q = S (S - 1) / 2 pairs of slots (s < t, s first), A candidates, E elements of a
 slot by number, C context numbers.
@@ -6,47 +6,40 @@ slot by number, C context numbers.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from numba import njit
 
 from benchmarks.regret.policies.base import Floats32, Ints
 
 
-class Effects(NamedTuple):
-    """Effects of elements on each of M draws, in any unit that adds up."""
-
-    main: Floats32
-    """(M, S, E)"""
-    by_context: Floats32
-    """(M, S, E, C): times the context numbers."""
-    pair: Floats32
-    """(M, Q, E, E): of the earlier slot's element and the later one's."""
+def linear_scores(
+    main_MSE: Floats32, context_MSEC: Floats32, draw_N: Ints, context_NC: Floats32, candidates_NSA: Ints
+) -> Floats32:
+    """Return (N, S, A): what each candidate adds by itself and with the context, on each request's draw."""
+    scores: Floats32 = _scores(main_MSE, context_MSEC, draw_N, context_NC, candidates_NSA)
+    return scores
 
 
-def best_creatives(effects: Effects, draw_N: Ints, context_NC: Floats32, candidates_NSA: Ints) -> Ints:
+def best_creatives(score_NSA: Floats32, pair_MQEE: Floats32, draw_N: Ints, candidates_NSA: Ints) -> Ints:
     """Return the (N, S) element numbers that each request's draw likes best.
 
     From the best elements by themselves, slot after slot takes its best candidate given the others until none moves,
     and again from an arbitrary start that differs between requests; the better end wins.
+
+    Args:
+        score_NSA: What each candidate adds by itself, in the same unit as the pairs.
+        pair_MQEE: What the earlier slot's element and the later one's add together, by element number.
+        draw_N: Index into the draws.
+        candidates_NSA: Element numbers.
     """
-    chosen: Ints = _search(*effects, draw_N, context_NC, candidates_NSA)
+    chosen: Ints = _search(score_NSA, pair_MQEE, draw_N, candidates_NSA)
     return chosen
 
 
 @njit(cache=True, fastmath=True)
-def _search(main, by_context, pair, draw_N, context_NC, candidates_NSA):  # type: ignore[no-untyped-def]
+def _scores(main, by_context, draw_N, context_NC, candidates_NSA):  # type: ignore[no-untyped-def]
     num_requests, num_slots, width = candidates_NSA.shape
-    out = np.empty((num_requests, num_slots), np.int64)
-    score = np.empty((num_slots, width), np.float32)
-    at, best_at = np.empty(num_slots, np.int64), np.empty(num_slots, np.int64)
-    index = np.zeros((num_slots, num_slots), np.int64)
-    q = 0
-    for s in range(num_slots):
-        for t in range(s + 1, num_slots):
-            index[s, t] = index[t, s] = q
-            q += 1
+    out = np.empty((num_requests, num_slots, width), np.float32)
     for i in range(num_requests):
         m = draw_N[i]
         for s in range(num_slots):
@@ -56,7 +49,23 @@ def _search(main, by_context, pair, draw_N, context_NC, candidates_NSA):  # type
                 for c in range(context_NC.shape[1]):
                     if context_NC[i, c] != 0:
                         value += by_context[m, s, e, c] * context_NC[i, c]
-                score[s, a] = value
+                out[i, s, a] = value
+    return out
+
+
+@njit(cache=True, fastmath=True)
+def _search(score_NSA, pair, draw_N, candidates_NSA):  # type: ignore[no-untyped-def]
+    num_requests, num_slots, width = candidates_NSA.shape
+    out = np.empty((num_requests, num_slots), np.int64)
+    at, best_at = np.empty(num_slots, np.int64), np.empty(num_slots, np.int64)
+    index = np.zeros((num_slots, num_slots), np.int64)
+    q = 0
+    for s in range(num_slots):
+        for t in range(s + 1, num_slots):
+            index[s, t] = index[t, s] = q
+            q += 1
+    for i in range(num_requests):
+        m, score = draw_N[i], score_NSA[i]
         best = np.float32(-np.inf)
         for start in range(2):
             for s in range(num_slots):
