@@ -45,6 +45,9 @@ REGISTRY: Final[dict[str, Entry]] = {
     "beta-ts": Entry("beta_ts", "BetaTs"),
     "linear-ts": Entry("linear_ts", "LinearTs", needs=("numba",)),
     "mvt": Entry("mvt", "Mvt", needs=("numba",)),
+    "fm-ensemble": Entry("fm_ensemble", "FmEnsemble", needs=("numba", "torch")),
+    "vw-ccb": Entry("vw", "VwCcb", needs=("vowpalwabbit",)),
+    "vw-slates": Entry("vw", "VwSlates", needs=("vowpalwabbit",)),
     "bayes-content": Entry("bayes_content", "BayesContent", needs=("numba",)),
     "bayes-content-forget": Entry("bayes_content", "BayesContentForget", needs=("numba",)),
 }
