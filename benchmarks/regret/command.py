@@ -79,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         for repeat in range(arguments.repeats)
         for world in worlds
         for policy in policies
+        if world in (REGISTRY[policy].worlds or (world,))
     ]
     results = _execute(runs, ResultCache(arguments.cache or default_folder()), arguments, console)
     summary = summarize(results) | {

@@ -69,9 +69,19 @@ WORLDS: Final[dict[str, BenchWorld]] = {
     "new-elements": BenchWorld(config=_config(new_elements_every_s=_seconds(10_000), new_elements=1)),
     # Half of the clicks come after the wait of three batches, 6 % after the window of thirty and are never known.
     "delays": BenchWorld(config=_config(delay_median_s=60.0, delay_sigma=1.5, delay_cap_s=3600.0), label_wait_s=60.0),
-    # 216 creatives, so even counting each for itself gets somewhere.
+    # 216 creatives, so all is a matter of exploring well; fewer clicks and weaker effects, or it would be over at once.
     "single-product": BenchWorld(
-        config=_config(num_products=1, slots=("title", "image", "tag"), elements_per_slot=6, candidates_per_slot=6)
+        config=_config(
+            num_products=1,
+            slots=("title", "image", "tag"),
+            elements_per_slot=6,
+            candidates_per_slot=6,
+            click_rate=0.02,
+            content_sd=0.08,
+            own_sd=0.06,
+            pair_sd=0.12,
+            context_element_sd=0.08,
+        )
     ),
     # 50^8 creatives of each product, and 200 impressions of it in a run. Effects are weaker, or the best of so many
     # creatives would be clicked always.

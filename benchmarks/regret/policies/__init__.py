@@ -28,6 +28,8 @@ class Entry:
     """Modules and packages of ours that it is made of beside its own: results are kept until one of them changes."""
     needs: tuple[str, ...] = ()
     """Libraries that it imports, of the extra `bench`."""
+    worlds: tuple[str, ...] | None = None
+    """Worlds that it can play; None: all."""
 
     def load(self) -> type[BenchPolicy]:
         """Return the class of the policy.
@@ -48,6 +50,7 @@ REGISTRY: Final[dict[str, Entry]] = {
     "fm-ensemble": Entry("fm_ensemble", "FmEnsemble", needs=("numba", "torch")),
     "vw-ccb": Entry("vw", "VwCcb", needs=("vowpalwabbit",)),
     "vw-slates": Entry("vw", "VwSlates", needs=("vowpalwabbit",)),
+    "aes-tree": Entry("aes_tree", "AesTree", worlds=("single-product",)),
     "bayes-content": Entry("bayes_content", "BayesContent", needs=("numba",)),
     "bayes-content-forget": Entry("bayes_content", "BayesContentForget", needs=("numba",)),
 }
