@@ -10,7 +10,8 @@ Shapes: N impressions of a batch, B batches, P products, S slots, A candidates, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,7 +120,16 @@ class Traffic:
     def reference(self) -> Reference:
         """Compute what the best and uniform play get, the slow part of a world."""
         best, uniform = [], []
-        for batch in self.batches():
-            best.append(float(self.world.best(batch.requests, batch.now_s).sum()))
-            uniform.append(float(self.world.uniform(batch.requests, batch.now_s).sum()))
+        for _, group in itertools.groupby(self.batches(), lambda batch: self.world.era(batch.now_s)):
+            # All at once: the world is fastest where it is asked for many contexts of a product together.
+            batches = list(group)
+            requests, now_s = concat([batch.requests for batch in batches]), batches[0].now_s
+            best += self.world.best(requests, now_s).reshape(len(batches), -1).sum(axis=1).tolist()
+            uniform += self.world.uniform(requests, now_s).reshape(len(batches), -1).sum(axis=1).tolist()
         return Reference(best, uniform)
+
+
+def concat(parts: Sequence[Requests]) -> Requests:
+    """Return requests one after the other."""
+    names = ("product", "device", "segment", "hour")
+    return Requests(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})

@@ -55,7 +55,7 @@ class AesTree(BenchPolicy):
         """Find the best card of each request's draw, from the last slot back to the first."""
         draw_N = self.rng.integers(DRAWS, size=len(requests))
         candidates_NSA = requests.candidates
-        N, S, A = candidates_NSA.shape
+        N, S = candidates_NSA.shape[:2]
         rows = np.arange(N)
         value_NA = self._element_MSE[draw_N[:, None], S - 1, candidates_NSA[:, S - 1]]
         follows: list[Ints] = []

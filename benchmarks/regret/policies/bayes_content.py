@@ -21,11 +21,11 @@ import numpy as np
 from benchmarks.regret.policies.base import BenchPolicy, CatalogNow, Choice, Facts, Ints, Labels, RequestBatch
 from benchmarks.regret.policies.content import ContentTable
 from benchmarks.regret.policies.diagonal import DiagonalLogistic, Part
-from benchmarks.regret.policies.search import best_creatives, linear_scores
+from benchmarks.regret.policies.search import best_creatives, linear_scores, num_draws
 
-DRAWS: Final = 64
 SCALE: Final = 0.2
 """Spread of the draws in posterior standard deviations."""
+
 
 class BayesContent(BenchPolicy):
     """Remembers everything."""
@@ -35,6 +35,7 @@ class BayesContent(BenchPolicy):
 
     def __init__(self, facts: Facts, seed: int) -> None:
         super().__init__(facts, seed)
+        self._num_draws = num_draws(facts)
         self._content = ContentTable(facts)
         S, G, C, P = facts.num_slots, self._content.size, facts.context_size, facts.num_products
         self._pairs = list(itertools.combinations(range(S), 2))
@@ -59,7 +60,7 @@ class BayesContent(BenchPolicy):
 
     def choose(self, requests: RequestBatch) -> Choice:
         """Show what is best on a draw."""
-        draw_N = self.rng.integers(DRAWS, size=len(requests))
+        draw_N = self.rng.integers(self._num_draws, size=len(requests))
         context_NC = requests.context(self.facts)
         score_NSA = linear_scores(self._main_MSE, self._context_MSEC, draw_N, context_NC, requests.candidates)
         return Choice(best_creatives(score_NSA, self._pair_MQEE, draw_N, requests.candidates))
@@ -90,12 +91,12 @@ class BayesContent(BenchPolicy):
         ]
 
     def _draw(self) -> None:
-        theta = self._model.draw(DRAWS, SCALE, self.rng)
+        theta = self._model.draw(self._num_draws, SCALE, self.rng)
         content_SEG = self._content.table_SEG
         self._main_MSE = np.einsum("seg,msg->mse", content_SEG, theta["content"]) + theta["element"]
         self._context_MSEC = content_SEG[None] @ theta["content_context"]
         E = self.facts.num_elements
-        self._pair_MQEE = np.empty((DRAWS, len(self._pairs), E, E), np.float32)
+        self._pair_MQEE = np.empty((self._num_draws, len(self._pairs), E, E), np.float32)
         for q, (s, t) in enumerate(self._pairs):
             self._pair_MQEE[:, q] = content_SEG[s] @ theta["content_pair"][:, q] @ content_SEG[t].T
 

@@ -42,6 +42,6 @@ class BetaTs(BenchPolicy):
     def learn(self, labels: Labels) -> None:
         """Count; a late click does not take back that its impression was counted without one."""
         for slot in range(self.facts.num_slots):
-            arms = labels.requests.product, slot, labels.chosen[:, slot]
-            np.add.at(self._clicks_PSE, arms, labels.weight * labels.label)
-            np.add.at(self._skips_PSE, arms, labels.weight * (1 - labels.label))
+            arms = labels.requests.product, labels.chosen[:, slot]
+            np.add.at(self._clicks_PSE[:, slot], arms, labels.weight * labels.label)
+            np.add.at(self._skips_PSE[:, slot], arms, labels.weight * (1 - labels.label))

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numba import njit
-
 from numpy.typing import ArrayLike
 
 from benchmarks.regret.policies.base import Floats, Floats32, Ints

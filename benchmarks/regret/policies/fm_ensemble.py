@@ -57,7 +57,8 @@ class FmEnsemble(BenchPolicy):
         )  # fmt: skip
         shapes = {
             "bias": (1,), "product": (P,), "context": (C,), "element": (S, E), "content": (S, G),
-            "product_vector": (P, K), "context_vector": (C, K), "element_vector": (S, E, K), "content_vector": (S, G, K),
+            "product_vector": (P, K), "context_vector": (C, K),
+            "element_vector": (S, E, K), "content_vector": (S, G, K),
         }  # fmt: skip
         generator = torch.Generator().manual_seed(seed)
         self._weights = {

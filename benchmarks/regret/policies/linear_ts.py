@@ -6,8 +6,8 @@ rate; the variance of a click is that of the running click rate. The draw decide
 References:
     Agrawal and Goyal (2013), Thompson Sampling for Contextual Bandits with Linear Payoffs.
 
-Shapes: N requests or labels, S slots, E elements, G content numbers, C context numbers, M draws, D = 1 + C + G + G C + E
-coefficients of a slot.
+Shapes: N requests or labels, S slots, E elements, G content numbers, C context numbers, M draws,
+D = 1 + C + G + G C + E coefficients of a slot.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ from benchmarks.regret.policies.base import (
     RequestBatch,
 )
 from benchmarks.regret.policies.content import ContentTable
-from benchmarks.regret.policies.search import linear_scores
+from benchmarks.regret.policies.search import linear_scores, num_draws
 
-DRAWS: Final = 64
 SCALE: Final = 0.3
 """Spread of the draws in posterior standard deviations."""
 RATE: Final = 0.03
@@ -44,6 +43,7 @@ class LinearTs(BenchPolicy):
 
     def __init__(self, facts: Facts, seed: int) -> None:
         super().__init__(facts, seed)
+        self._num_draws = num_draws(facts)
         self._content = ContentTable(facts)
         S, E, G, C = facts.num_slots, facts.num_elements, self._content.size, facts.context_size
         sd_D = RATE * np.concatenate(
@@ -62,7 +62,7 @@ class LinearTs(BenchPolicy):
 
     def choose(self, requests: RequestBatch) -> Choice:
         """Show in each slot what is best on the request's draw."""
-        draw_N = self.rng.integers(DRAWS, size=len(requests))
+        draw_N = self.rng.integers(self._num_draws, size=len(requests))
         context_NC = requests.context(self.facts)
         score_NSA = linear_scores(self._main_MSE, self._context_MSEC, draw_N, context_NC, requests.candidates)
         best_NS1 = score_NSA.argmax(axis=2)[:, :, None]
@@ -100,14 +100,14 @@ class LinearTs(BenchPolicy):
 
     def _draw(self) -> None:
         S, E, G, C = self._sizes
-        self._main_MSE = np.empty((DRAWS, S, E), np.float32)
-        self._context_MSEC = np.empty((DRAWS, S, E, C), np.float32)
+        self._main_MSE = np.empty((self._num_draws, S, E), np.float32)
+        self._context_MSEC = np.empty((self._num_draws, S, E, C), np.float32)
         for slot in range(S):
             lower_DD = np.linalg.cholesky(self._precision_SDD[slot])
-            noise_DM = self.rng.standard_normal((len(lower_DD), DRAWS))
+            noise_DM = self.rng.standard_normal((len(lower_DD), self._num_draws))
             mean_D = np.linalg.solve(self._precision_SDD[slot], self._push_SD[slot])
             theta_MD = mean_D + SCALE * np.linalg.solve(lower_DD.T, noise_DM).T
             _, content_MG, products_M, own_ME = np.split(theta_MD, np.cumsum([1 + C, G, G * C]), axis=1)
             content_EG = self._content.table_SEG[slot]
             self._main_MSE[:, slot] = content_MG @ content_EG.T + own_ME
-            self._context_MSEC[:, slot] = content_EG @ products_M.reshape(DRAWS, G, C)
+            self._context_MSEC[:, slot] = content_EG @ products_M.reshape(self._num_draws, G, C)

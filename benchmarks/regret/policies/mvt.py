@@ -20,10 +20,9 @@ import numpy as np
 
 from benchmarks.regret.policies.base import BenchPolicy, CatalogNow, Choice, Facts, Ints, Labels, RequestBatch
 from benchmarks.regret.policies.diagonal import DiagonalLogistic, Part
-from benchmarks.regret.policies.search import best_creatives, linear_scores
+from benchmarks.regret.policies.search import best_creatives, linear_scores, num_draws
 
-DRAWS: Final = 64
-SCALE: Final = 0.3
+SCALE: Final = 0.4
 """Spread of the draws in posterior standard deviations."""
 
 
@@ -32,6 +31,7 @@ class Mvt(BenchPolicy):
 
     def __init__(self, facts: Facts, seed: int) -> None:
         super().__init__(facts, seed)
+        self._num_draws = num_draws(facts)
         S, E, C = facts.num_slots, facts.num_elements, facts.context_size
         self._pairs = list(itertools.combinations(range(S), 2))
         self._model = DiagonalLogistic(
@@ -44,7 +44,7 @@ class Mvt(BenchPolicy):
                 "pair": ((len(self._pairs), E, E), 0.1),
             }
         )
-        self._theta = self._model.draw(DRAWS, SCALE, self.rng)
+        self._theta = self._model.draw(self._num_draws, SCALE, self.rng)
 
     def catalog(self, catalog: CatalogNow) -> None:
         """Need no content."""
@@ -52,17 +52,15 @@ class Mvt(BenchPolicy):
     def choose(self, requests: RequestBatch) -> Choice:
         """Show what is best on a draw."""
         theta, context_NC = self._theta, requests.context(self.facts)
-        draw_N = self.rng.integers(DRAWS, size=len(requests))
-        score_NSA = linear_scores(
-            theta["element"], theta["element_context"], draw_N, context_NC, requests.candidates
-        )
+        draw_N = self.rng.integers(self._num_draws, size=len(requests))
+        score_NSA = linear_scores(theta["element"], theta["element_context"], draw_N, context_NC, requests.candidates)
         return Choice(best_creatives(score_NSA, theta["pair"], draw_N, requests.candidates))
 
     def learn(self, labels: Labels) -> None:
         """Learn the labels, draw anew."""
         if len(labels):
             self._model.learn(self._features(labels.requests, labels.chosen), labels.label, labels.weight)
-            self._theta = self._model.draw(DRAWS, SCALE, self.rng)
+            self._theta = self._model.draw(self._num_draws, SCALE, self.rng)
 
     def _features(self, requests: RequestBatch, chosen_NS: Ints) -> list[Part]:
         columns, slots = self._model.columns, np.arange(self.facts.num_slots)

@@ -9,7 +9,18 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from benchmarks.regret.policies.base import Floats32, Ints
+from benchmarks.regret.policies.base import Facts, Floats32, Ints
+
+
+def num_draws(facts: Facts) -> int:
+    """Return M: 512, or fewer where the tables of so many draws would take more than 64 MB, but at least 64.
+
+    Requests share the draws made after an update. With too few of them a policy can miss the best creative of a small
+    world for long: with 64, regret in a world of 216 creatives was .45 to .91 on seeds where 512 gave .13 to .30.
+    """
+    pairs = facts.num_slots * (facts.num_slots - 1) // 2
+    numbers = facts.num_slots * facts.num_elements * (1 + facts.context_size) + pairs * facts.num_elements**2
+    return min(512, max(64, 2**24 // numbers))
 
 
 def linear_scores(

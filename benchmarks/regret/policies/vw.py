@@ -24,13 +24,12 @@ from benchmarks.regret.policies.base import (
     Choice,
     Facts,
     Floats,
-    Ints,
     Labels,
     RequestBatch,
 )
 from benchmarks.regret.policies.content import ContentTable
 
-OPTIONS: Final = "--squarecb --quiet -q CA -q PA -b 20"
+OPTIONS: Final = "--squarecb --gamma_scale 100 -q CA -q PA --sgd -l 0.003 --power_t 0 -b 20 --quiet"
 
 
 class VwCcb(BenchPolicy):
@@ -43,7 +42,6 @@ class VwCcb(BenchPolicy):
         self._workspace = vowpalwabbit.Workspace(f"{self.reduction} {OPTIONS} --random_seed {seed % 2**31}")
         self._content = ContentTable(facts)
         self._actions: dict[tuple[int, int], str] = {}
-        # Cards between their decision and their label; their text and probabilities are needed again.
         width = facts.num_candidates
         self._included = [",".join(map(str, range(s * width, (s + 1) * width))) for s in range(facts.num_slots)]
 
