@@ -350,6 +350,10 @@ class OnlineLearner:
     def _policy(self, identity: str) -> Policy:
         return Policy(self._spec, self._tensors(), self._policy_settings(), identity)
 
+    def policy(self) -> Policy:
+        """Return the policy as it is now, for use in this process; published ones are read from `snapshot`."""
+        return self._policy(f"update {self.num_updates}")
+
     def snapshot(
         self,
         *,
