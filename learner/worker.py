@@ -333,7 +333,8 @@ class Worker:
                 "learner": state,
                 "number": self._number,
                 "learned_until": {str(partition): offset for partition, offset in self._learned_until.items()},
-                "updates_until": self._updates_until,
+                # Those still to be repeated must be found again.
+                "updates_until": self._plan_from if self._planned else self._updates_until,
                 "updates_epoch": self._epoch,
                 "catalog_until": self._catalog.taken_until,
                 "parent_sha256": self._parent_sha256,
@@ -348,7 +349,7 @@ class Worker:
         """Become the learner of the newest checkpoint."""
         self._learner = self._make_learner()
         self._planned.clear()
-        self._number = self._updates_until = self._epoch = self._num_jittered = catalog_until = 0
+        self._number = self._epoch = self._updates_until = self._plan_from = self._num_jittered = catalog_until = 0
         self._learned_until, self._parent_sha256 = {}, None
         checkpoint = self._checkpoints.load_newest()
         if checkpoint is not None:
@@ -372,6 +373,8 @@ class Worker:
         number, epoch = self._number, self._epoch
         if self._planned:
             number, epoch = self._planned[-1].number, self._planned[-1].epoch
+        else:
+            self._plan_from = self._updates_until
         recorded, self._updates_until = self._updates.since(self._updates_until, epoch)
         self._planned.extend(update for update in recorded if update.number > number)
         self.feed.needs = self._planned[0].until if self._planned else None
