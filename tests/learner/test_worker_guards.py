@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from learner import guard
 from learner.crash_points import CrashPoint
 from learner.feed import Rebalanced, SeekRequest
 from learner.guard import Quarantine
