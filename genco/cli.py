@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from genco.learn_arguments import add_once
 from streams.contracts.settings import EX_CONFIG, ConfigurationError, MetricsSettings, load, variable_names
 from streams.contracts.topics import CLICKS, IMPRESSIONS
 from streams.telemetry import configure_logging
@@ -61,7 +62,14 @@ def _join(_: argparse.Namespace) -> None:
     run(load(JoinSettings))
 
 
-def _learn(_: argparse.Namespace) -> None:
+def _learn(arguments: argparse.Namespace) -> None:
+    if arguments.once is not None:
+        from rich.console import Console
+
+        from genco.learn_once import run as run_once
+
+        _write_json(arguments.json, run_once(arguments, Console(stderr=True)))
+        return
     from learner.agents import run
     from streams.contracts.settings import LearnSettings
 
@@ -311,10 +319,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--report", type=Path, help="write one JSON object here at the end")
     demo.add_argument("--dir", type=Path, help="keep logs, checkpoints and snapshots here")
 
+    learn = verb("learn", _learn, "learns from examples and publishes policies, or learns a log and stops")
+    add_once(learn, _positive, _whole)
     for process in (
         verb("serve", _serve, "the HTTP API: decisions and clicks"),
         verb("join", _join, "joins impressions and clicks into examples"),
-        verb("learn", _learn, "learns from examples and publishes policies"),
+        learn,
         verb("archive", _archive, "writes examples to Parquet files"),
     ):
         process.formatter_class = argparse.RawDescriptionHelpFormatter

@@ -16,7 +16,6 @@ from typing import Final
 import torch
 
 from learner.online import OnlineLearner
-from learner.updates import Update
 
 logger = logging.getLogger(__name__)
 
@@ -46,24 +45,18 @@ class Quarantine:
     def __init__(self, directory: Path) -> None:
         self._path = directory / FILE
 
-    def add(self, update: Update, since: Mapping[int, int], error: Exception) -> None:
+    def add(self, number: int, where: Mapping[str, object], error: Exception) -> None:
         """Note an update; adding the same one again, after a crash, changes nothing.
 
         Args:
-            update: Which.
-            since: For each partition the offset of the first record that was not learned before it.
+            number: Which.
+            where: JSON-able, how to find its examples.
             error: Why.
         """
         reason = f"{type(error).__name__}: {error}"
-        logger.error("an update was left out", extra={"update": update.number, "reason": reason})
-        line = {
-            "update": update.number,
-            "from": {str(partition): since.get(partition, 0) for partition in sorted(update.until)},
-            "until": {str(partition): offset for partition, offset in sorted(update.until.items())},
-            "examples": update.num_examples,
-            "reason": reason[:1_000],
-        }
-        lines = [kept for kept in self.lines() if kept["update"] != update.number]
+        logger.error("an update was left out", extra={"update": number, "reason": reason})
+        line = {"update": number, **where, "reason": reason[:1_000]}
+        lines = [kept for kept in self.lines() if kept["update"] != number]
         self._write([*lines, line][-MAX_LINES:])
 
     def lines(self) -> list[dict[str, object]]:

@@ -176,6 +176,11 @@ class OnlineLearner:
         """Share of the clicks that come after the wait, from the clicks so far and a prior of twenty."""
         return self._late[0] / self._late[1]
 
+    @property
+    def newest_validation(self) -> Validation:
+        """Progressive validation over the newest update's examples alone."""
+        return self._validation[-1] if self._validation else Validation()
+
     def metrics(self) -> dict[str, float]:
         """Return the state of learning: progressive validation, memories, generator."""
         weights = self.reward_model.memory_weights

@@ -158,3 +158,12 @@ def concat(records: Iterable[PendingRecord]) -> ExampleBatch | None:
     """Return the examples of the records one after the other, or None if there are none."""
     batches = [record.examples for record in records if len(record.examples)]
     return ExampleBatch.concat(batches) if batches else None
+
+
+def in_order(batch: ExampleBatch) -> ExampleBatch:
+    """Return the batch in the order of decision id, a negative before its late positive.
+
+    Learning is a sum over the examples, and sums are rounded in the order in which they are made. The archive keeps
+    the order of the log only within an hour, so an update has an order of its own.
+    """
+    return batch.take(sorted(range(len(batch)), key=lambda row: (batch.decision_id[row], batch.label[row])))

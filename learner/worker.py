@@ -24,7 +24,7 @@ import redis
 
 from learner import worker_metrics as metrics
 from learner.catalog_log import CatalogLog
-from learner.checkpoint import CheckpointStore
+from learner.checkpoint import CheckpointError, CheckpointStore
 from learner.crash_points import CrashPoint, Hook, go_on
 from learner.feed import Feed
 from learner.guard import UNLEARNABLE, Quarantine, require_finite
@@ -32,7 +32,7 @@ from learner.lease import LeaseKeeper
 from learner.online import OnlineLearner, UpdateReport
 from learner.publisher import Fence, Outcome, Publisher
 from learner.update_log import UpdateLog
-from learner.updates import Update, concat
+from learner.updates import Update, concat, in_order
 from streams.clients import kafka_consumer, redis_client, require_redis
 from streams.contracts.examples import ExampleBatch, LabelKind
 from streams.contracts.settings import LearnSettings
@@ -217,7 +217,7 @@ class Worker:
             self._learner.apply_catalog(changed.elements, changed.products)
         if batch is None:
             return None
-        report = self._learner.update(batch)
+        report = self._learner.update(in_order(batch))
         require_finite(self._learner)
         return report
 
@@ -227,7 +227,12 @@ class Worker:
             raise error  # it failed without its examples: not their fault
         metrics.quarantined.inc()
         metrics.skipped.labels("quarantined").inc(update.num_examples or 0)
-        self._quarantine.add(update, self._learned_until, error)
+        where = {
+            "from": {str(partition): self._learned_until.get(partition, 0) for partition in sorted(update.until)},
+            "until": {str(partition): offset for partition, offset in sorted(update.until.items())},
+            "examples": update.num_examples,
+        }
+        self._quarantine.add(update.number, where, error)
         self._left_out.add(update.number)
         self._resume()
         self._plan()
@@ -354,6 +359,11 @@ class Worker:
         checkpoint = self._checkpoints.load_newest()
         if checkpoint is not None:
             state = checkpoint.state
+            if "learned_until" not in state:
+                raise CheckpointError(
+                    f"the checkpoints in {self._settings.checkpoint_dir} are of genco learn --once, which knows no "
+                    "offsets of Kafka; give this learner a directory of its own (GENCO_CHECKPOINT_DIR)"
+                )
             self._learner.restore(checkpoint.tensors, state["learner"])
             self._number, self._epoch = state["number"], state.get("updates_epoch", 0)
             self._learned_until = {int(partition): offset for partition, offset in state["learned_until"].items()}

@@ -14,7 +14,7 @@ from learner.crash_points import CrashPoint, Hook, go_on
 from learner.feed import InboxRecord, RecordsLost
 from learner.online import LearnerSettings, OnlineLearner
 from learner.publisher import Fence, Outcome
-from learner.updates import Update, effective
+from learner.updates import Update, effective, in_order
 from learner.worker import Connections, Worker
 from streams.contracts.catalog import Catalog, Element, catalog_key
 from streams.contracts.examples import ExampleBatch, decode_examples, encode_examples
@@ -250,7 +250,7 @@ def without_crash(scene: Scene) -> tuple[OnlineLearner, dict[int, str]]:
         values = [
             scene.kafka.examples[p][o] for p, until in sorted(update.until.items()) for o in range(done[p], until)
         ]
-        learner.update(ExampleBatch.concat([decode_examples(value) for value in values]))
+        learner.update(in_order(ExampleBatch.concat([decode_examples(value) for value in values])))
         done |= update.until
         shas[update.number] = sha256_of(learner)
     return learner, shas

@@ -11,7 +11,7 @@ from learner.feed import InboxRecord
 from learner.lease import LeaseHeldError
 from learner.online import LearnerSettings, OnlineLearner
 from learner.update_log import recorded_updates
-from learner.updates import Update
+from learner.updates import Update, in_order
 from learner.worker import Connections, Worker
 from streams.clients import redis_client
 from streams.contracts.examples import ExampleBatch, decode_examples
@@ -93,7 +93,7 @@ def replayed(settings: LearnSettings, updates: list[Update]) -> dict[int, str]:
     parent = None
     for update in updates:
         places = [(p, o) for p, until in sorted(update.until.items()) for o in range(done[p], until)]
-        learner.update(ExampleBatch.concat([decode_examples(record(*place)) for place in places]))
+        learner.update(in_order(ExampleBatch.concat([decode_examples(record(*place)) for place in places])))
         done |= update.until
         snapshot = learner.snapshot(
             model_id=settings.model_id,

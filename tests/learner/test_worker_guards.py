@@ -13,7 +13,7 @@ from learner.feed import Rebalanced, SeekRequest
 from learner.guard import Quarantine
 from learner.lease import LeaseHeldError
 from learner.online import OnlineLearner
-from learner.updates import Update
+from learner.updates import Update, in_order
 from streams.contracts.catalog import Catalog
 from streams.contracts.examples import ExampleBatch, decode_examples
 from tests.learner.scene import (
@@ -71,7 +71,8 @@ def without(scene: Scene, left_out: set[int]) -> OnlineLearner:
         places = [(p, o) for p, until in sorted(update.until.items()) for o in range(done[p], until)]
         done |= update.until
         if update.number not in left_out:
-            learner.update(ExampleBatch.concat([decode_examples(scene.kafka.examples[p][o]) for p, o in places]))
+            batches = [decode_examples(scene.kafka.examples[p][o]) for p, o in places]
+            learner.update(in_order(ExampleBatch.concat(batches)))
     return learner
 
 
@@ -135,8 +136,7 @@ def test_quarantine_keeps_the_newest_lines_and_one_for_each_update(
     monkeypatch.setattr(guard, "MAX_LINES", 5)
     quarantine = Quarantine(tmp_path)
     for number in [*range(1, 8), 7]:
-        update = Update(number=number, until={0: number}, catalog_until=0)
-        quarantine.add(update, {0: number - 1}, ValueError("x" * 5_000))
+        quarantine.add(number, {"until": {"0": number}}, ValueError("x" * 5_000))
     assert [line["update"] for line in quarantine.lines()] == [3, 4, 5, 6, 7]
     assert (tmp_path / "quarantine.ndjson").stat().st_size < 5 * 1_200
 
@@ -322,6 +322,6 @@ def test_learner_whose_lease_ran_out_unnoticed_goes_on(tmp_path: Path) -> None:
 
 
 def test_quarantine_line_is_json_of_one_line(tmp_path: Path) -> None:
-    Quarantine(tmp_path).add(Update(number=1, until={0: 1}, catalog_until=0), {}, ValueError("two\nlines"))
+    Quarantine(tmp_path).add(1, {"from": {"0": 0}}, ValueError("two\nlines"))
     (line,) = (tmp_path / "quarantine.ndjson").read_text().splitlines()
     assert json.loads(line)["from"] == {"0": 0}
