@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     )
     if arguments.resume:
         learner.resume()
-    elif learner.has_checkpoint():
+    elif learner.has_checkpoint:
         raise ValueError(f"{arguments.out} holds checkpoints; go on from them with --resume, or choose another folder")
     summary = LogSummary()
     updates = _updates(arguments, settings, summary)

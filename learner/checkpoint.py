@@ -87,6 +87,10 @@ class CheckpointStore:
             old.unlink(missing_ok=True)
         return path
 
+    def is_empty(self) -> bool:
+        """Tell whether there is no checkpoint, not even a damaged one."""
+        return not self._found()
+
     def load_newest(self) -> Checkpoint | None:
         """Read the newest checkpoint that is whole, or None if there has never been one.
 

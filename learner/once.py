@@ -96,13 +96,10 @@ class LogLearner:
         self._places: dict[str, int] = {}
         self._saved = OnceReport()
 
+    @property
     def has_checkpoint(self) -> bool:
-        """Tell whether the directory holds one.
-
-        Raises:
-            CheckpointError: If there are some and all are damaged.
-        """
-        return self._checkpoints.load_newest() is not None
+        """Whether the directory holds one, whole or not."""
+        return not self._checkpoints.is_empty()
 
     def resume(self) -> None:
         """Become the learner of the newest checkpoint; without one, begin with nothing.

@@ -27,6 +27,7 @@ from learner.gate import GateSettings, Logged, Validation, judge, norms, probe
 from learner.generator import Cards, Generator, GeneratorSettings, padded
 from learner.generator_training import GeneratorReport, train_step
 from learner.intake import Intake
+from learner.recent import pack_recent, unpack_recent
 from learner.reward_model import RewardModel, RewardModelSettings
 from serving.policy import DecisionRequest, Policy, PolicySettings
 from streams.contracts.catalog import Element, Product
@@ -426,10 +427,7 @@ class OnlineLearner:
             "stepless": self._stepless,
             "metrics": self._metrics,
             "validation": [[v.num_examples, v.num_clicks, v.expected_clicks, v.log_loss] for v in self._validation],
-            "recent": [
-                [e.request.product_id, e.request.context, e.request.candidates, e.creative, e.propensity, e.label]
-                for e in self._recent
-            ],
+            "recent": pack_recent(self._recent),
         }
         return tensors, state
 
@@ -449,13 +447,7 @@ class OnlineLearner:
             Validation(num_examples=n, num_clicks=c, expected_clicks=e, log_loss=loss)
             for n, c, e, loss in state["validation"]
         )
-        self._recent = deque(
-            (
-                Logged(DecisionRequest(product_id, context, candidates), creative, propensity, label)
-                for product_id, context, candidates, creative, propensity, label in state["recent"]
-            ),
-            maxlen=self.settings.replay_size,
-        )
+        self._recent = deque(unpack_recent(state["recent"]), maxlen=self.settings.replay_size)
         self._spec, self._effects = self.features.freeze(), None
         self._candidate = self._published = None
 
