@@ -70,6 +70,8 @@ def _learn(arguments: argparse.Namespace) -> None:
 
         _write_json(arguments.json, run_once(arguments, Console(stderr=True)))
         return
+    if arguments.out is not None or arguments.resume:
+        raise ValueError("--out and --resume belong to --once LOG; without it the live learner starts")
     from learner.agents import run
     from streams.contracts.settings import LearnSettings
 

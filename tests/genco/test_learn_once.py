@@ -203,6 +203,7 @@ def test_real_log_leaves_a_policy_that_can_be_verified(tmp_path: Path, monkeypat
     [
         (["--once", "nowhere", "--out", "OUT"], "no such log; expected a file or a folder"),
         (["--once", "LOG"], "--once needs --out DIR"),
+        (["--out", "OUT"], "belong to --once LOG"),
         (["--once", "LOG", "--out", "OUT", "--updates", "LOG"], "--updates needs an archive"),
         (["--once", "LOG", "--out", "OUT", "--label-wait", "700"], "GENCO_LABEL_WAIT_MS is 700000; at most"),
         (["--once", "LOG", "--out", "OUT", "--catalog", "LOG"], "holds lines that are no element and no product"),
