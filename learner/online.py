@@ -192,7 +192,7 @@ class OnlineLearner:
             "late_share": self.late_share,
             "num_examples": float(self.reward_model.num_examples),
             "num_coefficients": float(self.reward_model.layout.size),
-            "num_jittered": float(self.reward_model.core.num_jittered),
+            "num_jittered": float(self.reward_model.num_jittered),
             **{f"memory_weight_{f:g}": w for f, w in zip(forgetting, weights, strict=True)},
             **self._metrics,
         }
