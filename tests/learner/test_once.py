@@ -34,7 +34,7 @@ class Spoiled(OnlineLearner):
     def update(self, batch: ExampleBatch) -> Any:
         report = super().update(batch)
         if POISON in batch.product_id:
-            self.reward_model._theta_KD[0, 0] = float("nan")
+            self.reward_model.core.theta_KD[0, 0] = float("nan")
         return report
 
 

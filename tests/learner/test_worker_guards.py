@@ -41,7 +41,7 @@ def poisoned(part: str) -> type[OnlineLearner]:
                 if part == "raises":
                     raise FloatingPointError("coefficients that are not finite")
                 if part == "reward_model":
-                    self.reward_model._theta_KD[0, 0] = float("nan")
+                    self.reward_model.core.theta_KD[0, 0] = float("nan")
                 if part == "generator":
                     name = next(iter(self.generator.weights))
                     self.generator.weights[name] = self.generator.weights[name] * float("inf")
