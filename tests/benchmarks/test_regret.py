@@ -1,6 +1,8 @@
 """The regret benchmark: what it measures, what a policy is told and when, and that results are kept."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from benchmarks.regret.policies.base import (
     RequestBatch,
 )
 from benchmarks.regret.policies.uniform import Uniform
-from benchmarks.regret.pool import Results
+from benchmarks.regret.pool import _ONE_THREAD, Results, _Job, _run_missing
 from benchmarks.regret.report import summarize, tables
 from benchmarks.regret.run import Outcome, Run, play_policy
 from benchmarks.regret.traffic import Reference, Traffic
@@ -42,6 +44,14 @@ DELAYED = BenchWorld(
     attribution_window_s=100.0,
 )
 RENEWED = BenchWorld(config=replace(SMALL.config, new_elements_every_s=2 * BATCH / RATE))
+
+
+@pytest.fixture(autouse=True)
+def restored_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The command sets these for the processes that it starts."""
+    for name in _ONE_THREAD:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "numba"))
 
 
 class Recorder(BenchPolicy):
@@ -246,6 +256,16 @@ def test_every_policy_can_be_told_apart_in_the_cache() -> None:
     assert len(keys) == len(REGISTRY)
 
 
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_run_is_told_of(tmp_path: Path) -> None:
+    jobs = [_Job("a", "drift 0: mvt", killed, ())]
+    with pytest.raises(RuntimeError, match=r"drift 0: mvt: its process was killed.*exit code -9"):
+        _run_missing(jobs, ResultCache(tmp_path), {}, 1, lambda _: None)
+
+
 # -- the report --------------------------------------------------------------------------------------------------------
 
 
@@ -305,10 +325,10 @@ def test_the_command_writes_its_json_and_plays_nothing_twice(
     assert policies["uniform"]["overall"]["mean"] == pytest.approx(1.0, abs=0.2)
     assert policies["beta-ts"].keys() == {"overall", "last_20pct", "runs", "decide_us", "update_ms", "memory_mb"}
 
-    def no_pool(*_: object, **__: object) -> None:
+    def no_process(_: object) -> None:
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr("benchmarks.regret.pool.ProcessPoolExecutor", no_pool)
+    monkeypatch.setattr("benchmarks.regret.pool._start", no_process)
     assert main([*arguments, "--json", str(tmp_path / "again")]) == 0
     assert "3 of 3 results are in" in capsys.readouterr().err.replace("\n", " ")
     assert json.loads((tmp_path / "again").read_text("utf-8")) == first
