@@ -117,6 +117,21 @@ def tables(summary: dict[str, Any]) -> list[Table]:
     return out
 
 
+def replay_tables(summary: dict[str, Any]) -> list[Table]:
+    """Return a table for each replayed log, for the terminal."""
+    out = []
+    for log, entry in summary["obd"].items():
+        title = f"{log}: {entry['clicks']} clicks of {entry['rows']:,} rows, {entry['click_rate']:.2%}"
+        table = Table(title=title, title_justify="left")
+        for column in ("policy", "click rate (SNIPS), %", "effective rows"):
+            table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
+        for name, value in entry["policies"].items():
+            mean, se = (None if value[part] is None else 100 * value[part] for part in ("snips", "se"))
+            table.add_row(name, _number(mean, se), f"{value['effective_size']:.0f}")
+        out.append(table)
+    return out
+
+
 def _number(mean: float | None, se: float | None, sign: str = "") -> str:
     if mean is None:
         return "-"
