@@ -2,14 +2,16 @@
 
 import json
 import os
+import shutil
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.regret.cache import ResultCache, run_key, source_version
+from benchmarks.regret.cache import ROOT, ResultCache, run_key, source_version
 from benchmarks.regret.command import _seeds
 from benchmarks.regret.labels import LabelQueue
 from benchmarks.regret.policies import REGISTRY
@@ -215,19 +217,44 @@ def test_every_world_has_room_to_learn(name: str) -> None:
 # -- results that are kept ---------------------------------------------------------------------------------------------
 
 
-def test_the_version_of_sources_is_that_of_what_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = tmp_path / "policy.py"
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the sources of the project are looked for."""
     monkeypatch.setattr("benchmarks.regret.cache.ROOT", tmp_path)
+    source_version.cache_clear()
+    yield tmp_path
+    source_version.cache_clear()
 
-    def version(text: str) -> str:
-        module.write_text(text, "utf-8")
-        return source_version(["policy"])
 
-    plain = version("def f():\n    return 1\n")
-    assert version('"""Module."""\n\n\ndef f():\n    """Say it."""\n    return 1  # why\n') == plain
-    assert version("def f():\n    return 2\n") != plain
+def test_the_version_of_sources_is_that_of_what_is_executed(sources: Path) -> None:
+    (sources / "part").mkdir()
+
+    def version(policy: str = "from part import helper\n", helper: str = "def f():\n    return 1\n") -> str:
+        (sources / "policy.py").write_text(policy, "utf-8")
+        (sources / "part" / "helper.py").write_text(helper, "utf-8")
+        source_version.cache_clear()
+        return source_version("policy")
+
+    plain = version()
+    assert version(helper='"""Module."""\n\n\ndef f():\n    """Say it."""\n    return 1  # why\n') == plain
+    assert version(helper="def f():\n    return 2\n") != plain
+    assert version(policy="from part.helper import f\n") != plain
+    assert version() == plain
     with pytest.raises(ValueError, match="no_such is no module below"):
-        source_version(["no_such"])
+        source_version("no_such")
+
+
+def test_results_of_ours_depend_on_the_learner_and_those_of_peers_do_not(sources: Path) -> None:
+    for package in ("benchmarks", "genco", "learner", "serving", "streams"):
+        shutil.copytree(ROOT / package, sources / package, ignore=shutil.ignore_patterns("__pycache__"))
+    ours = Run(world="drift", policy="genco", seed=1, repeat=0, impressions=1000)
+    peer = replace(ours, policy="mvt")
+    before = run_key(ours), run_key(peer)
+    with (sources / "learner" / "reward_model.py").open("a", encoding="utf-8") as source:
+        source.write("\nEXTRA = 1\n")
+    source_version.cache_clear()
+    assert run_key(ours) != before[0]
+    assert run_key(peer) == before[1]
 
 
 def test_a_result_is_kept_for_exactly_one_run() -> None:
