@@ -130,7 +130,7 @@ def test_update_that_spoils_the_model_is_left_out_and_undone(
     assert report.skipped == {"quarantined": SIZE * len(poisoned)}
     lines = learner._quarantine.lines()
     assert [(line["update"], line["place"]) for line in lines] == [(place + 1, place * 10) for place in poisoned]
-    assert all("reward_model.theta" in str(line["reason"]) for line in lines)
+    assert all("reward_model.core.theta" in str(line["reason"]) for line in lines)
 
 
 def test_checkpoint_of_a_live_learner_is_not_gone_on_with(tmp_path: Path) -> None:
@@ -143,6 +143,6 @@ def test_checkpoint_of_a_live_learner_is_not_gone_on_with(tmp_path: Path) -> Non
 def test_validation_is_over_all_examples_predicted_before_they_were_learned(tmp_path: Path) -> None:
     first = learner_in(tmp_path).learn(log, max_updates=1)
     # Nothing was known, so each prediction is the prior's.
-    prior = OnlineLearner(settings()).reward_model.settings.bias_mean
+    prior = OnlineLearner(settings()).reward_model.settings.core.bias_mean
     assert first.validation.num_examples == SIZE
     assert first.validation.expected_clicks == pytest.approx(SIZE / (1 + math.exp(-prior)), rel=1e-6)
