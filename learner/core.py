@@ -231,6 +231,13 @@ class Core:
                     squares = (self.theta_KD[k, columns] ** 2 + variance_D[columns]).sum()
                     self._variance_KG[k, i] = (squares + a * start_G[i]) / (len(columns) + a)
 
+    def widen(self, share: float) -> None:
+        """Forget a share of all that the examples told, in every memory."""
+        self._H_KDD, self._g_KD = self._H_KDD * (1.0 - share), self._g_KD * (1.0 - share)
+        solved = [self._solve(k, H_DD, g_D) for k, (H_DD, g_D) in enumerate(zip(self._H_KDD, self._g_KD, strict=True))]
+        self.theta_KD = torch.stack([theta for theta, _ in solved])
+        self._factor = [factor for _, factor in solved]
+
     def factor(self, k: int) -> Tensor:
         """Return the lower Cholesky factor of memory k's posterior precision, (D, D)."""
         factor = self._factor[k]

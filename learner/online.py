@@ -192,6 +192,8 @@ class OnlineLearner:
             "late_share": self.late_share,
             "num_examples": float(self.reward_model.num_examples),
             "num_coefficients": float(self.reward_model.layout.size),
+            "changes": float(self.reward_model.change.num_changes),
+            "change_evidence": self.reward_model.change.evidence,
             "num_jittered": float(self.reward_model.num_jittered),
             **{f"memory_weight_{f:g}": w for f, w in zip(forgetting, weights, strict=True)},
             **self._metrics,

@@ -86,6 +86,14 @@ class Touched:
         nothing = np.zeros(len(self.context))
         return np.stack([self._pass(k, False, nothing, nothing, nothing) for k in range(len(self.mean["product"]))], 1)
 
+    def appeal(self) -> FloatArray:
+        """Return the products' part of it, (N, K)."""
+        mean_KUC, index_N = self.mean["product"], self.index["product"]
+        if not mean_KUC.shape[1]:
+            return np.zeros((len(index_N), len(mean_KUC)))
+        appeal_KN = np.einsum("knc,nc->kn", mean_KUC[:, index_N], self.context)
+        return np.where(index_N[:, None] >= 0, appeal_KN.T, 0.0)
+
     def learn(self, core_NK: FloatArray, label_N: FloatArray, weight_N: FloatArray) -> None:
         """Learn the examples one after the other, given the core's logits."""
         for k in range(core_NK.shape[1]):
@@ -158,6 +166,14 @@ class DiagonalRest:
             stale_R = np.isin(self.pairs, rows).any(1)
             if stale_R.any():
                 self._forget_pairs(np.flatnonzero(stale_R))
+
+    def widen(self, share: float) -> None:
+        """Forget a share of what is known of elements and pairs, in every memory."""
+        for name in ("element", "pair"):
+            table = self._tables[name]
+            prior = self.settings.prior(name, table.mean.shape[2])
+            table.mean *= 1.0 - share / 2
+            table.variance += share * (prior - table.variance)
 
     def touch(self, rows: Rows, now: int) -> Touched:
         """Return the rows of a batch after `now` learned examples; pairs that have none yet come with their prior."""

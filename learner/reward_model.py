@@ -12,6 +12,9 @@ traits correct the content that the core sees. The product's appeal stands apart
 and not popularity. Several memories, which forget at different rates, see every example; their weights follow their
 prequential log loss. The served mean is their weighted mean.
 
+When creatives no longer earn what they are said to, the world has changed, and what is known of tastes is widened
+(`learner.change_test`).
+
 An update validates first, then learns the core (in the first examples twice: a second pass at the new logits replaces
 what the first added), then, given the core, the rest, then the traits.
 
@@ -35,9 +38,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from learner.change_test import ChangeSettings, ChangeTest
 from learner.core import Core, CoreSettings, Posterior
 from learner.design import Layout, Rows, design
-from learner.rest import DiagonalRest, RestSettings
+from learner.rest import DiagonalRest, RestSettings, Touched
 from learner.traits import Traits
 from learner.workers import ALONE, Workers
 
@@ -60,6 +64,7 @@ class RewardModelSettings:
     """Examples between two updates of the prior variances."""
     trait_scale: float = 0.3
     """Standard deviation of a trait before any click, in units of a content number."""
+    change: ChangeSettings = field(default_factory=ChangeSettings)
     core: CoreSettings = field(default_factory=CoreSettings)
     rest: RestSettings = field(default_factory=RestSettings)
 
@@ -121,6 +126,7 @@ class RewardModel:
         self.core = Core(len(settings.memories), settings.core, self.device)
         self.rest = DiagonalRest(settings.memories, settings.rest)
         self.traits = Traits(settings.trait_scale)
+        self.change = ChangeTest(settings.change)
         self._workers = workers
         self._variance_due = settings.variance_every
         num_memories = len(settings.memories)
@@ -206,6 +212,7 @@ class RewardModel:
             corrected_N = weight_N * provisional_weight(served_N, late_share)
             weight_N = torch.where(provisional_N.cpu() & (label_N == 0), corrected_N, weight_N)
         jittered = self.core.num_jittered
+        creative_N = (logit_NK - self._appeals(x_ND, touched)) @ self._weight_K
         learned, logit_NK = self._learn_core(x_ND, logit_NK, rest_NK, label_N, weight_N)
         touched.learn((logit_NK - rest_NK).numpy(), label_N.numpy(), weight_N.numpy())
         if not all(np.isfinite(mean).all() for mean in touched.mean.values()):
@@ -221,7 +228,18 @@ class RewardModel:
             mean_N = (self.core.logits(x_ND).cpu() + torch.from_numpy(touched.logits())) @ self._weight_K
             core = self._core_effects(self._core_mean())
             self.traits.learn(mean_N.numpy(), rows, label_N.numpy(), weight_N.numpy(), core)
+        if self.num_examples > self.settings.change.warm_examples and self.change.observe(
+            creative_N, served_N, label_N, weight_N
+        ):
+            self.core.widen(self.settings.change.widening)
+            self.rest.widen(self.settings.change.widening)
         return LearnedBatch(served_N, self.core.num_jittered - jittered)
+
+    def _appeals(self, x_ND: Tensor, touched: Touched) -> Tensor:
+        """Return the part of the logits (N, K) that product and context explain without any creative."""
+        columns = 1 + self.layout.context  # bias and context come first
+        core_NK = (x_ND[:, :columns] @ self.core.theta_KD[:, :columns].float().T).double().cpu()
+        return core_NK + torch.from_numpy(touched.appeal())
 
     def _learn_core(
         self, x_ND: Tensor, logit_NK: Tensor, rest_NK: Tensor, label_N: Tensor, weight_N: Tensor
@@ -318,6 +336,7 @@ class RewardModel:
     def state(self) -> dict[str, Any]:
         """Return the rest of a checkpoint, JSON-able."""
         return {
+            "change": self.change.state(),
             "core": self.core.state(),
             "num_examples": self.num_examples,
             "variance_due": self._variance_due,
@@ -331,6 +350,7 @@ class RewardModel:
             part, _, own = name.partition(".")
             if part in parts:
                 parts[part][own] = tensor
+        self.change.restore(state["change"])
         self.core.restore(parts["core"], state["core"])
         self.rest.restore(parts["rest"])
         self.traits.restore(parts["traits"])
