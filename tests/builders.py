@@ -5,7 +5,7 @@ from typing import Any
 
 from streams.contracts.codec import encode_context
 from streams.contracts.events import Click, Impression
-from streams.contracts.examples import LabelKind, encode_examples
+from streams.contracts.examples import EXAMPLE_SCHEMA, ExampleBatch, LabelKind, encode_examples
 
 Labeled = tuple[Impression, LabelKind, Click | None]
 """What is in an example: the impression, the kind of its label, and the click if it is a positive."""
@@ -55,3 +55,15 @@ def examples_value(examples: Sequence[Labeled]) -> bytes:
         None if click is None else click.occurred_at_ms - impression.occurred_at_ms for impression, _, click in examples
     ]
     return encode_examples(columns)
+
+
+def changed(batch: ExampleBatch, **columns: Any) -> ExampleBatch:
+    """Return a batch with other values: a list for all rows of a column, or row -> value."""
+    maps = ("candidates", "creative", "slot_propensities")
+    values = {name: batch.columns.column(name).to_pylist() for name in EXAMPLE_SCHEMA.names}
+    values |= {name: [dict(pairs) for pairs in values[name]] for name in maps}
+    for name, new in columns.items():
+        changes = new if isinstance(new, dict) else dict(enumerate(new))
+        for row, value in changes.items():
+            values[name][row] = value
+    return ExampleBatch.from_columns(values)

@@ -189,8 +189,8 @@ class GrowingFeatureSpec:
             return UNKNOWN
         return self._index(self._elements, (slot_index, element_id), self.limits.max_elements, "element")
 
-    def context(self, context: Mapping[str, ContextValue]) -> None:
-        """Learn the columns of a context and the mean and spread of its numbers."""
+    def context(self, context: Mapping[str, ContextValue], times: int = 1) -> None:
+        """Learn the columns of a context that came so many times, and the mean and spread of its numbers."""
         for field, value in context.items():
             if isinstance(value, (str, bool)):
                 self._index(self._columns, (field, value), self.limits.max_context_columns, "context")
@@ -198,10 +198,10 @@ class GrowingFeatureSpec:
                 key = (field, None)
                 if self._index(self._columns, key, self.limits.max_context_columns, "context") != UNKNOWN:
                     count, mean, squares = self._moments.get(field, (0, 0.0, 0.0))
-                    count += 1
+                    count += times
                     step = value - mean
-                    mean += step / count
-                    self._moments[field] = count, mean, squares + step * (value - mean)
+                    mean += step * times / count
+                    self._moments[field] = count, mean, squares + times * step * (value - mean)
 
     def _column(self, field: str, value: str | bool | None) -> ContextColumn:
         if value is not None:
