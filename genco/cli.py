@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.regret.command import add_parser as add_bench_regret
 from streams.contracts.settings import EX_CONFIG, ConfigurationError, MetricsSettings, load, variable_names
 from streams.contracts.topics import CLICKS, IMPRESSIONS
 from streams.telemetry import configure_logging
@@ -51,6 +52,7 @@ def _extra(package: str) -> str:
     """Return how to install what is missing."""
     extras = {"fastapi": "serving", "uvicorn": "serving", "torch": "learner"}
     extras |= dict.fromkeys(("faust", "aiokafka", "fsspec"), "streams")
+    extras |= dict.fromkeys(("matplotlib", "numba", "psutil", "vowpalwabbit"), "bench")
     return f"install it with the extra {extras.get(package, 'local')}: pip install '.[{extras.get(package, 'local')}]'"
 
 
@@ -372,6 +374,7 @@ def _parser() -> argparse.ArgumentParser:
         "--peers", action=argparse.BooleanOptionalAction, default=True, help="run the peers too (default)"
     )
     join.set_defaults(command=_bench_join)
+    add_bench_regret(benches)
     return parser
 
 

@@ -60,23 +60,25 @@ def rewards(cards: Cards, chosen_BGS: Tensor, effects: Mapping[str, Tensor], dra
     Args:
         cards: The cards.
         chosen_BGS: Places of the chosen candidates.
-        effects: The model's effects under M draws, as in a snapshot without the prefix `draws.`.
+        effects: The core's effects under M draws, as in a snapshot without the prefix `draws.`, and `element`
+            (E, 1 + C), the effects of single elements under the posterior mean.
         draw_B: Which draw judges each card.
     """
     weight_BSF = effects["content"][draw_B] + torch.einsum(
         "bsfc,bc->bsf", effects["content_context"][draw_B], cards.context
     )
-    element_BE = torch.nn.functional.pad(effects["element"][draw_B], (0, 1))
-    own_BSA = element_BE.gather(1, cards.candidate.flatten(1) % element_BE.shape[1]).view(cards.candidate.shape)
+    element_BSAC = torch.nn.functional.pad(effects["element"], (0, 0, 0, 1))[cards.candidate]
+    own_BSA = element_BSAC[..., 0] + torch.einsum("bsac,bc->bsa", element_BSAC[..., 1:], cards.context)
     main_BSA = (torch.einsum("bsaf,bsf->bsa", cards.content, weight_BSF) + own_BSA) * cards.mask
     main_BGS = main_BSA.gather(2, chosen_BGS.transpose(1, 2)).transpose(1, 2)
     index = chosen_BGS.transpose(1, 2)[..., None].expand(-1, -1, -1, cards.content.shape[-1])
     content_BGSF = (cards.content * cards.mask[..., None]).gather(2, index).transpose(1, 2)
     num_cards, _, num_slots, size = content_BGSF.shape
     pair_BSFSF = effects["content_pair"].new_zeros(num_cards, num_slots, size, num_slots, size)
+    width = effects["content_pair"].shape[-1]
     for q, (s, t) in enumerate(zip(*slot_pairs(num_slots), strict=True)):
-        pair_BSFSF[:, s, :, t] = effects["content_pair"][draw_B, q]
-        pair_BSFSF[:, t, :, s] = effects["content_pair"][draw_B, q].transpose(1, 2)
+        pair_BSFSF[:, s, :width, t, :width] = effects["content_pair"][draw_B, q]
+        pair_BSFSF[:, t, :width, s, :width] = effects["content_pair"][draw_B, q].transpose(1, 2)
     pull = content_BGSF.flatten(2) @ pair_BSFSF.reshape(num_cards, num_slots * size, num_slots * size)
     pairs_BGS = (content_BGSF * pull.view_as(content_BGSF)).sum(-1)
     return Rewards((main_BGS + 0.5 * pairs_BGS).sum(-1), main_BGS + pairs_BGS)
@@ -103,13 +105,13 @@ def train_step(
     Args:
         generator: What is trained.
         cards: The cards.
-        effects: The reward model's effects under M draws.
+        effects: The reward model's effects, see `rewards`.
         winner_BWS: Places of W refined winners of each card.
         published: Weights of the last published generator, of the present sizes; None if there is none.
         rng: Decides draws and samples.
     """
     settings = generator.settings
-    draw_B = torch.randint(len(effects["bias"]), (len(cards.product),), generator=rng).to(generator.device)
+    draw_B = torch.randint(len(effects["content"]), (len(cards.product),), generator=rng).to(generator.device)
     sampled_BGS = generator.sample(cards, settings.group_size, rng)
     rewarded = rewards(cards, sampled_BGS, effects, draw_B)
     advantage_BGS = advantages(rewarded, settings.advantage_floor)

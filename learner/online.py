@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from learner.design import Layout, Rows
+from learner.design import Rows
 from learner.encoding import ExampleEncoder
 from learner.faults import faults
 from learner.gate import GateSettings, Validation, judge, norms, probe
@@ -31,13 +31,13 @@ from learner.generator_training import GeneratorReport, train_step
 from learner.intake import Intake
 from learner.parsing import ExampleParser, ParsedExamples
 from learner.recent import RecentImpression, RecentImpressions
-from learner.reward_model import RewardModel, RewardModelSettings
+from learner.reward_model import Effects, RewardModel, RewardModelSettings
 from serving.policy import Policy, PolicySettings
 from streams.contracts.catalog import Element, Product
 from streams.contracts.examples import ExampleBatch, LabelKind
 from streams.contracts.features import FeatureLimits, FeatureSpec, GrowingFeatureSpec
 from streams.contracts.settings import LearnSettings
-from streams.contracts.snapshot import PolicySnapshot, SnapshotManifest, pack_tensors, sign
+from streams.contracts.snapshot import PolicySnapshot, SnapshotManifest, pack_pairs, pack_tensors, sign
 
 VALIDATION_EXAMPLES = 5_000
 """Progressive validation looks back at least so far, if there are so many."""
@@ -125,7 +125,7 @@ class OnlineLearner:
         self._parser = ExampleParser()
         self._encoder = ExampleEncoder(self.features)
         self._spec: FeatureSpec = self.features.freeze()
-        self._effects: dict[str, dict[str, Tensor]] | None = None
+        self._effects: Effects | None = None
         self._metrics: dict[str, float] = {}
         self._candidate: _Published | None = None
         self._published: _Published | None = None
@@ -195,7 +195,7 @@ class OnlineLearner:
             "late_share": self.late_share,
             "num_examples": float(self.reward_model.num_examples),
             "num_coefficients": float(self.reward_model.layout.size),
-            "num_jittered": float(self.reward_model.num_jittered),
+            "num_jittered": float(self.reward_model.core.num_jittered),
             **{f"memory_weight_{f:g}": w for f, w in zip(forgetting, weights, strict=True)},
             **self._metrics,
         }
@@ -215,17 +215,11 @@ class OnlineLearner:
         self._spec = spec = self.features.freeze()
         self._content_EF = padded(self._content_EF, (len(spec.elements), spec.content_size))
         in_use = self._content_EF.any(0).nonzero()
-        layout = Layout(
-            slots=len(spec.slots),
-            content=max(int(in_use[-1]) + 1 if len(in_use) else 0, self.reward_model.layout.content),
-            context=len(spec.context),
-            products=len(spec.products),
-            elements=len(spec.elements),
-        )
-        self.reward_model.grow(layout)
-        self.generator.grow(
-            slots=layout.slots, context=layout.context, products=layout.products, elements=layout.elements
-        )
+        content = max(int(in_use[-1]) + 1 if len(in_use) else 0, self.reward_model.layout.content)
+        sizes = {"slots": len(spec.slots), "context": len(spec.context)}
+        names = {"products": len(spec.products), "elements": len(spec.elements)}
+        self.reward_model.grow(content=content, **sizes, **names)
+        self.generator.grow(**sizes, **names)
         self._effects = None
 
     def _validate(
@@ -258,7 +252,7 @@ class OnlineLearner:
             return {}
         rng = np.random.default_rng([self.settings.seed, self.num_updates])
         torch_rng = torch.Generator().manual_seed(_seed(self.settings.seed, "generator", self.num_updates))
-        policy, draws = self._policy(""), self._effects_now()["draws"]
+        policy, effects = self._policy(""), self._judges()
         published = dict(self.generator.weights) if self.num_updates > 1 else None
         recent = self._recent
         newest = max(1, min(num_new, len(recent)))
@@ -272,8 +266,13 @@ class OnlineLearner:
             winners = policy.winners([each.request for each in drawn])
             won = [w[rng.integers(len(w), size=settings.winners)] for w in winners]
             cards, winner_BWS = self._cards(drawn, won)
-            report = train_step(self.generator, cards, draws, winner_BWS, published, torch_rng)
+            report = train_step(self.generator, cards, effects, winner_BWS, published, torch_rng)
         return {f"generator_{name}": value for name, value in vars(report).items()} if report else {}
+
+    def _judges(self) -> dict[str, Tensor]:
+        """Return the effects that judge the generator's creatives, see `learner.generator_training.rewards`."""
+        effects = self._effects_now()
+        return effects.draws | {"element": torch.from_numpy(effects.element).to(self.device)}
 
     def _cards(self, drawn: Sequence[RecentImpression], winners: Sequence[NDArray[np.int64]]) -> tuple[Cards, Tensor]:
         """Return impressions as cards in numbers, and their winners in the order of the vocabulary's slots."""
@@ -289,7 +288,8 @@ class OnlineLearner:
                 candidate[b, slot, :size] = index.element[first : first + size]
                 mask[b, slot, :size] = True
                 winner[b, :, slot] = winners[b][:, t]
-        content_EF = padded(self._content_EF, (len(self._content_EF) + 1, spec.content_size))
+        content_EF = self._content_EF + torch.from_numpy(self._effects_now().trait)
+        content_EF = padded(content_EF, (len(content_EF) + 1, spec.content_size))
         parts = (
             torch.tensor([spec.product_index.get(each.product_id, -1) for each in drawn]),
             torch.from_numpy(spec.context_matrix([each.context for each in drawn])),
@@ -301,28 +301,47 @@ class OnlineLearner:
 
     # -- snapshots ----------------------------------------------------------------------------------------------------
 
-    def _effects_now(self) -> dict[str, dict[str, Tensor]]:
+    def _effects_now(self) -> Effects:
         """Return the effects under the mean and under the draws that belong to this update."""
         if self._effects is None:
             rng = torch.Generator().manual_seed(_seed(self.settings.seed, "draws", self.num_updates))
-            model, spec = self.reward_model, self._spec
-            theta = {"mean": model.mean(), "draws": model.draw(self.settings.num_draws, rng)}
-            sizes = {"content_size": spec.content_size, "num_elements": len(spec.elements)}
-            self._effects = {name: model.effects(value, **sizes) for name, value in theta.items()}
+            sizes = {"content_size": self._spec.content_size, "num_products": len(self._spec.products)}
+            self._effects = self.reward_model.effects(self.settings.num_draws, rng, **sizes)
         return self._effects
 
     def _tensors(self) -> dict[str, NDArray[Any]]:
-        effects = {f"{k}.{name}": w for k, values in self._effects_now().items() for name, w in values.items()}
-        generator = {f"generator.{name}": w for name, w in self.generator.weights.items()}
-        named = effects | generator | {"element_content": self._content_EF}
-        return {name: np.asarray(w.detach().cpu().numpy(), order="C") for name, w in named.items()}
+        effects = self._effects_now()
+        core = ("content", "content_context", "content_pair")
+        named = {
+            **{f"draws.{name}": effects.draws[name] for name in core},
+            **{f"mean.{name}": effects.mean[name] for name in ("bias", "context", *core)},
+            **{f"generator.{name}": w for name, w in self.generator.weights.items()},
+            "element_content": self._content_EF,
+        }
+        return {name: np.asarray(w.detach().cpu().numpy(), order="C") for name, w in named.items()} | {
+            "product": effects.product,
+            "element": effects.element,
+            "element_sd": effects.element_sd,
+            "trait": effects.trait,
+            "trait_root": effects.trait_root,
+            "pair": effects.pair,
+            "pairs": pack_pairs(effects.pairs),
+        }
 
     def _policy_settings(self) -> PolicySettings:
-        scale = self.settings.reward_model.thompson_scale
-        return PolicySettings(epsilon=self.settings.epsilon, thompson_scale=scale, proposals=self.settings.proposals)
+        return PolicySettings(
+            epsilon=self.settings.epsilon,
+            thompson_scale=self.settings.reward_model.thompson_scale,
+            proposals=self.settings.proposals,
+            noise_seed=_seed(self.settings.seed, "noise", self.num_updates),
+        )
 
     def _policy(self, identity: str) -> Policy:
         return Policy(self._spec, self._tensors(), self._policy_settings(), identity)
+
+    def policy(self) -> Policy:
+        """Return the policy as it is now, for use in this process; published ones are read from `snapshot`."""
+        return self._policy(f"update {self.num_updates}")
 
     def snapshot(
         self,

@@ -67,6 +67,7 @@ EXAMPLE_SCHEMA = pa.schema(
 )
 
 ContextValue = str | int | float | bool
+Values = Sequence[Any] | NDArray[Any]
 _decode_context = msgspec.json.Decoder(dict[str, ContextValue]).decode
 
 
@@ -83,7 +84,7 @@ class ExampleBatch:
         self.columns = columns
 
     @classmethod
-    def from_columns(cls, columns: Mapping[str, Sequence[Any]]) -> ExampleBatch:
+    def from_columns(cls, columns: Mapping[str, Values]) -> ExampleBatch:
         """Return examples from values, as `encode_examples` takes them.
 
         Raises:
@@ -246,7 +247,7 @@ def parse_context(text: str) -> dict[str, ContextValue]:
         raise ValueError(f"context {text[:80]!r} is no JSON object of single values: {error}") from None
 
 
-def encode_examples(columns: Mapping[str, Sequence[Any]]) -> bytes:
+def encode_examples(columns: Mapping[str, Values]) -> bytes:
     """Return the value of one Kafka record: an Arrow IPC stream with one record batch.
 
     Args:

@@ -40,8 +40,9 @@ def cards_of(n: int = 5, *, whole: bool = False) -> Cards:
 
 def effects_of(draws: int = 3) -> dict[str, torch.Tensor]:
     rng = torch.Generator().manual_seed(4)
-    shapes = {"bias": (), "content": (S, F), "content_context": (S, F, C), "content_pair": (3, F, F), "element": (E,)}
-    return {name: 0.3 * torch.randn(draws, *shape, generator=rng) for name, shape in shapes.items()}
+    shapes = {"content": (S, F), "content_context": (S, F, C), "content_pair": (3, F, F)}
+    effects = {name: 0.3 * torch.randn(draws, *shape, generator=rng) for name, shape in shapes.items()}
+    return effects | {"element": 0.3 * torch.randn(E, 1 + C, generator=rng)}
 
 
 def test_numpy_twin_gives_the_same_log_probabilities() -> None:
@@ -115,6 +116,10 @@ def test_samples_never_leave_the_candidates() -> None:
 
 def test_rewards_equal_the_definition() -> None:
     cards, effects = cards_of(2, whole=True), effects_of()
+
+    def own(element: int, context_C: torch.Tensor) -> torch.Tensor:
+        return effects["element"][element, 0] + effects["element"][element, 1:] @ context_C
+
     chosen = torch.tensor([[[0, 1, 2]], [[3, 0, 1]]])
     draw = torch.tensor([2, 0])
     found = rewards(cards, chosen, effects, draw)
@@ -124,7 +129,7 @@ def test_rewards_equal_the_definition() -> None:
         for s in range(S):
             element = int(cards.candidate[b, s, chosen[b, 0, s]])
             weights = effects["content"][m, s] + effects["content_context"][m, s] @ cards.context[b]
-            total += float(z[s] @ weights) + (float(effects["element"][m, element]) if element >= 0 else 0.0)
+            total += float(z[s] @ weights) + (float(own(element, cards.context[b])) if element >= 0 else 0.0)
         pairs = [
             float(z[s] @ effects["content_pair"][m, t * (t - 1) // 2 + s] @ z[t]) for t in range(S) for s in range(t)
         ]

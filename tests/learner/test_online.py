@@ -250,7 +250,7 @@ def test_new_products_slots_and_elements_are_learned_without_a_catalog() -> None
     assert learner.update(batch).num_learned == 60
     tensors = unpack_tensors(snapshot_of(learner).blob)
     assert tensors["draws.content"].shape[1] == 4
-    assert tensors["draws.product"].shape[1] == 7
+    assert tensors["product"].shape[0] == 7
 
 
 def test_flood_of_names_is_counted_and_bounded() -> None:
@@ -260,7 +260,8 @@ def test_flood_of_names_is_counted_and_bounded() -> None:
     report = learner.update(changed(batch, product_id=[f"flood-{i}" for i in range(80)], context=contexts))
     assert report.skipped["unknown_product"] > 0
     assert report.skipped["unknown_context"] > 0
-    assert learner.reward_model.layout.products == 3
+    assert len(learner.features.freeze().products) == 3
+    assert learner.reward_model.layout.context == 5
 
 
 def test_learner_follows_the_process_settings() -> None:
