@@ -1,7 +1,7 @@
 """Parsed examples as the numbers of an update; their new names enter the vocabulary first.
 
-Only distinct values are looked up, and sets of candidates only when they are new: a name keeps its index, so those of a
-set are kept over batches. A set of which a full vocabulary lacks something is looked up every time.
+Only distinct values are looked up, and a set of candidates only until the vocabulary has all of it: a name keeps its
+index, so those of a set are kept over batches.
 
 Shapes: N rows, U distinct values of a batch, T slots of the widest set, V candidates of a set, slot after slot, S slots
 of the vocabulary, F content numbers, C context columns, E elements.
@@ -9,7 +9,7 @@ of the vocabulary, F content numbers, C context columns, E elements.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from typing import Final
 
@@ -40,8 +40,6 @@ class SetIndex:
     """(T,): where the candidates of each slot begin."""
     element: IntArray
     """(V,)"""
-    is_whole: bool
-    """Whether the vocabulary has all of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,22 +89,34 @@ class ExampleEncoder:
 
         All candidates, not only the chosen: the next decision may choose any of them.
         """
-        used, product_N = _used(parsed.product[rows])
-        product_U = np.array([self._features.product(parsed.products[u]) for u in used], np.int64)
+        used, product_N, times = _used(parsed.product[rows])
+        products = [self._features.product(parsed.products[u], seen=n) for u, n in zip(used, times, strict=True)]
         contexts, context_N = self._observe_contexts(parsed, rows)
         slot_NT, element_NT = self._observe_creatives(parsed, rows)
-        return IndexedRows(product_U[product_N], contexts, context_N, slot_NT, element_NT)
+        return IndexedRows(np.array(products, np.int64)[product_N], contexts, context_N, slot_NT, element_NT)
 
     def _observe_contexts(self, parsed: ParsedExamples, rows: IntArray) -> tuple[list[Context], IntArray]:
-        used, context_N = _used(parsed.context[rows])
+        used, context_N, times = _used(parsed.context[rows])
         contexts = [context for u in used if (context := parsed.contexts[u]) is not None]
-        for context, times in zip(contexts, np.bincount(context_N).tolist(), strict=True):
-            self._features.context(context, times)
+        categories: Counter[tuple[str, str | bool]] = Counter()
+        numbers: dict[str, list[tuple[float, int]]] = {}
+        for context, seen in zip(contexts, times, strict=True):
+            for field, value in context.items():
+                if isinstance(value, (str, bool)):
+                    categories[field, value] += seen
+                else:
+                    numbers.setdefault(field, []).append((value, seen))
+        for (field, category), seen in categories.items():
+            self._features.category(field, category, seen=seen)
+        for field, pairs in numbers.items():
+            values, counts = np.array(pairs, np.float64).T
+            self._features.numbers(field, np.repeat(values, counts.astype(np.int64)))
         return contexts, context_N
 
     def _observe_creatives(self, parsed: ParsedExamples, rows: IntArray) -> tuple[IntArray, IntArray]:
-        used, set_N = _used(parsed.set[rows])
-        found = [self.index(candidates) for u in used if (candidates := parsed.sets[u]) is not None]
+        used, set_N, times = _used(parsed.set[rows])
+        sets = [candidates for u in used if (candidates := parsed.sets[u]) is not None]
+        found = [self._enter(candidates, seen) for candidates, seen in zip(sets, times, strict=True)]
         place_NT = parsed.place[rows]
         slot_UT = np.full((len(found), place_NT.shape[1]), UNKNOWN, np.int64)
         first_UT = np.zeros_like(slot_UT)
@@ -120,24 +130,39 @@ class ExampleEncoder:
         element_NT = np.where(place_NT >= 0, element_V[first_UT[set_N] + np.maximum(place_NT, 0)], UNKNOWN)
         return slot_NT, element_NT
 
-    def index(self, candidates: CandidateSet) -> SetIndex:
-        """Return where a set stands in the vocabulary; names that are new enter it."""
+    def _enter(self, candidates: CandidateSet, seen: int) -> SetIndex:
+        """Return where a set seen `seen` times stands in the vocabulary; names that are new enter it."""
         found = self._sets.get(candidates)
-        if found is None or not found.is_whole:
-            found = self._sets[candidates] = self._look_up(candidates)
+        if found is not None:
+            return found
+        features, pairs = self._features, zip(candidates.slots, candidates.elements, strict=True)
+        slots = [features.slot(name) for name in candidates.slots]
+        return self._kept(candidates, slots, [features.element(name, e, seen=seen) for name, ids in pairs for e in ids])
+
+    def find(self, candidates: CandidateSet, spec: FeatureSpec) -> SetIndex:
+        """Return where a set stands in the vocabulary as it is now; nothing enters it."""
+        found = self._sets.get(candidates)
+        if found is not None:
+            return found
+        slots = [spec.slot_index.get(name, UNKNOWN) for name in candidates.slots]
+        pairs = zip(slots, candidates.elements, strict=True)
+        return self._kept(
+            candidates, slots, [spec.element_index.get((slot, e), UNKNOWN) for slot, ids in pairs for e in ids]
+        )
+
+    def _kept(self, candidates: CandidateSet, slots: list[int], elements: list[int]) -> SetIndex:
+        first_T = candidates.size_T.cumsum() - candidates.size_T
+        found = SetIndex(np.array(slots, np.int64), first_T, np.array(elements, np.int64))
+        # Of the others something may enter the vocabulary later.
+        if UNKNOWN not in slots and UNKNOWN not in elements:
+            self._sets[candidates] = found
             if len(self._sets) > MAX_SETS:
                 self._sets.popitem(last=False)
         return found
 
-    def _look_up(self, candidates: CandidateSet) -> SetIndex:
-        features, pairs = self._features, zip(candidates.slots, candidates.elements, strict=True)
-        slot_T = np.array([features.slot(name) for name in candidates.slots], np.int64)
-        element_V = np.array([features.element(name, e) for name, ids in pairs for e in ids], np.int64)
-        is_whole = bool((slot_T != UNKNOWN).all() and (element_V != UNKNOWN).all())
-        return SetIndex(slot_T, candidates.size_T.cumsum() - candidates.size_T, element_V, is_whole)
 
-
-def _used(number_N: IntArray) -> tuple[list[int], IntArray]:
-    """Return which numbers stand there, in ascending order, and the place of each row's number among them."""
-    is_used = np.bincount(number_N) > 0
-    return np.flatnonzero(is_used).tolist(), (is_used.cumsum() - 1)[number_N]
+def _used(number_N: IntArray) -> tuple[list[int], IntArray, list[int]]:
+    """Return the numbers that stand there, ascending, the place of each row's among them, and how often each comes."""
+    times_U = np.bincount(number_N)
+    used = np.flatnonzero(times_U)
+    return used.tolist(), ((times_U > 0).cumsum() - 1)[number_N], times_U[used].tolist()

@@ -30,7 +30,7 @@ from learner.generator import Cards, Generator, GeneratorSettings, padded
 from learner.generator_training import GeneratorReport, train_step
 from learner.intake import Intake
 from learner.parsing import ExampleParser, ParsedExamples
-from learner.recent import RecentImpression, RecentImpressions
+from learner.recent_impressions import RecentImpression, RecentImpressions
 from learner.reward_model import Effects, RewardModel, RewardModelSettings
 from serving.policy import Policy, PolicySettings
 from streams.contracts.catalog import Element, Product
@@ -193,6 +193,8 @@ class OnlineLearner:
         return {
             **sum(self._validation, start=Validation()).metrics(),
             "late_share": self.late_share,
+            "remembered_decisions": float(len(self._intake)),
+            "remembered_bytes": float(self._intake.num_bytes),
             "num_examples": float(self.reward_model.num_examples),
             "num_coefficients": float(self.reward_model.layout.size),
             "num_jittered": float(self.reward_model.core.num_jittered),
@@ -282,7 +284,7 @@ class OnlineLearner:
         mask = np.zeros(candidate.shape, np.bool_)
         winner = np.zeros((len(drawn), self.settings.generator.winners, num_slots), np.int64)
         for b, each in enumerate(drawn):
-            index, size_T = self._encoder.index(each.candidates), each.candidates.size_T
+            index, size_T = self._encoder.find(each.candidates, spec), each.candidates.size_T
             for t in np.flatnonzero(index.slot >= 0):
                 slot, first, size = index.slot[t], index.first[t], size_T[t]
                 candidate[b, slot, :size] = index.element[first : first + size]
