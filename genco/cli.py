@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.learn.command import add_parser as add_bench_learn
 from benchmarks.regret.command import add_parser as add_bench_regret
 from streams.contracts.settings import EX_CONFIG, ConfigurationError, MetricsSettings, load, variable_names
 from streams.contracts.topics import CLICKS, IMPRESSIONS
@@ -375,6 +376,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     join.set_defaults(command=_bench_join)
     add_bench_regret(benches)
+    add_bench_learn(benches)
     return parser
 
 

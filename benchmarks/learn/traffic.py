@@ -7,13 +7,13 @@ has learned something repeats itself, which is easier. Candidates repeat, produc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
 from genco.world import World
+from genco.world_catalog import Request
 from genco.world_config import WorldConfig
 from streams.contracts.catalog import Element, Product
 from streams.contracts.codec import encode_context
@@ -30,18 +30,12 @@ IMPRESSIONS_PER_SECOND: Final = 1_000
 _KEY: Final = b"the key of a benchmark's decisions"
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """A record, and the same impressions for the peers."""
+class Shown(NamedTuple):
+    """An impression and its label."""
 
-    value: bytes
-    """Of Kafka."""
-    shown: list[dict[str, Any]]
-    """Each impression: `product_id`, `context`, `candidates`, `creative`, `propensity`, `label`."""
-
-    def __len__(self) -> int:
-        """Return the number of impressions."""
-        return len(self.shown)
+    request: Request
+    creative: dict[str, str]
+    clicked: bool
 
 
 @dataclass(slots=True)
@@ -67,12 +61,8 @@ class Traffic:
         self.elements = {e["element_id"]: Element.model_validate(e) for e in catalog.elements}
         self.products = {p["product_id"]: Product.model_validate(p) for p in catalog.products}
 
-    def records(self, num_records: int, first: int = 0) -> Iterator[Record]:
-        """Yield records, from the one with this number on."""
-        for number in range(first, first + num_records):
-            yield self._record(number)
-
-    def _record(self, number: int) -> Record:
+    def shown(self, number: int) -> list[Shown]:
+        """Return the impressions of the record with this number."""
         n, world = EXAMPLES_PER_RECORD, self.world
         rng = np.random.default_rng([self.seed, number])
         requests = world.requests(rng, n, 0.0)
@@ -82,44 +72,39 @@ class Traffic:
             {slot: ids[a] for (slot, ids), a in zip(request["candidates"].items(), places, strict=True)}
             for request, places in zip(asked, place_NS.tolist(), strict=True)
         ]
-        label = rng.random(n) < world.click_probability(requests, world.encode(creatives), 0.0)
-        times_ms = FIRST_MS + (np.arange(number * n, (number + 1) * n) * 1000) // IMPRESSIONS_PER_SECOND
-        propensity = float(CANDIDATES) ** -len(world.config.slots)
-        value = encode_examples(
+        clicked = rng.random(n) < world.click_probability(requests, world.encode(creatives), 0.0)
+        return list(map(Shown, asked, creatives, clicked.tolist()))
+
+    def record(self, number: int) -> bytes:
+        """Return the value of the record with this number."""
+        shown = self.shown(number)
+        n, num_slots = len(shown), len(self.world.config.slots)
+        rng = np.random.default_rng([self.seed, number, 1])
+        times_ms = (FIRST_MS + np.arange(number * n, (number + 1) * n) * 1000 // IMPRESSIONS_PER_SECOND).tolist()
+        route_N, label_N = rng.integers(1024, size=n).tolist(), [int(each.clicked) for each in shown]
+        return encode_examples(
             {
                 "decision_id": [
-                    make_decision_id(int(route), int(time_ms), number * n + i, _KEY)
-                    for i, (route, time_ms) in enumerate(zip(rng.integers(1024, size=n), times_ms, strict=True))
+                    make_decision_id(route, time_ms, number * n + i, _KEY)
+                    for i, (route, time_ms) in enumerate(zip(route_N, times_ms, strict=True))
                 ],
-                "occurred_at_ms": times_ms.tolist(),
-                "product_id": [request["product_id"] for request in asked],
-                "context": [encode_context(dict(request["context"])) for request in asked],
-                "candidates": [request["candidates"] for request in asked],
-                "creative": creatives,
-                "slot_propensities": [dict.fromkeys(creative, 1 / CANDIDATES) for creative in creatives],
-                "propensity": [propensity] * n,
+                "occurred_at_ms": times_ms,
+                "product_id": [each.request["product_id"] for each in shown],
+                "context": [encode_context(each.request["context"]) for each in shown],
+                "candidates": [each.request["candidates"] for each in shown],
+                "creative": [each.creative for each in shown],
+                "slot_propensities": [dict.fromkeys(each.creative, 1 / CANDIDATES) for each in shown],
+                "propensity": [float(CANDIDATES) ** -num_slots] * n,
                 "model_id": ["default"] * n,
                 "epoch": [0] * n,
                 "policy_version": [0] * n,
                 "source": ["uniform"] * n,
                 "holdout": [True] * n,
-                "seed": rng.integers(2**62, size=n).tolist(),
+                "seed": rng.integers(2**62, size=n),
                 "survival_probability": [1.0] * n,
-                "label": label.astype(int).tolist(),
-                "reward": label.astype(float).tolist(),
+                "label": label_N,
+                "reward": [float(label) for label in label_N],
                 "label_kind": [LabelKind.FINAL.value] * n,
-                "delay_ms": [1_000 if clicked else None for clicked in label],
+                "delay_ms": [1_000 if label else None for label in label_N],
             }
         )
-        shown = [
-            {
-                "product_id": request["product_id"],
-                "context": request["context"],
-                "candidates": request["candidates"],
-                "creative": creative,
-                "propensity": propensity,
-                "label": int(clicked),
-            }
-            for request, creative, clicked in zip(asked, creatives, label, strict=True)
-        ]
-        return Record(value, shown)
