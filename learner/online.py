@@ -30,7 +30,7 @@ from learner.generator import Cards, Generator, GeneratorSettings, padded
 from learner.generator_training import GeneratorReport, train_step
 from learner.intake import Intake
 from learner.parsing import ExampleParser, ParsedExamples
-from learner.recent_impressions import RecentImpression, RecentImpressions
+from learner.recent import RecentImpression, RecentImpressions
 from learner.reward_model import Effects, RewardModel, RewardModelSettings
 from serving.policy import Policy, PolicySettings
 from streams.contracts.catalog import Element, Product
@@ -120,6 +120,7 @@ class OnlineLearner:
         self._intake = Intake(settings.horizon_ms)
         self._content_EF = torch.zeros(0, settings.features.content_size)
         self._late = [1.0, 20.0]
+        self._stepless = 0
         self._validation: deque[Validation] = deque()
         self._recent = RecentImpressions(settings.replay_size)
         self._parser = ExampleParser()
@@ -186,6 +187,11 @@ class OnlineLearner:
         """Share of the clicks that come after the wait, from the clicks so far and a prior of twenty."""
         return self._late[0] / self._late[1]
 
+    @property
+    def newest_validation(self) -> Validation:
+        """Progressive validation over the newest update's examples alone."""
+        return self._validation[-1] if self._validation else Validation()
+
     def metrics(self) -> dict[str, float]:
         """Return the state of learning: progressive validation, memories, generator."""
         weights = self.reward_model.memory_weights
@@ -197,7 +203,7 @@ class OnlineLearner:
             "remembered_bytes": float(self._intake.num_bytes),
             "num_examples": float(self.reward_model.num_examples),
             "num_coefficients": float(self.reward_model.layout.size),
-            "num_jittered": float(self.reward_model.core.num_jittered),
+            "num_jittered": float(self.reward_model.num_jittered),
             **{f"memory_weight_{f:g}": w for f, w in zip(forgetting, weights, strict=True)},
             **self._metrics,
         }
@@ -227,14 +233,18 @@ class OnlineLearner:
     def _validate(
         self, probability_N: NDArray[np.float64], label_N: NDArray[np.float64], first: NDArray[np.bool_]
     ) -> None:
-        likelihood_N = np.where(label_N > 0, probability_N, 1.0 - probability_N).clip(1e-12)
+        click_N = -np.log(probability_N.clip(1e-12))
+        no_click_N = -np.log((1.0 - probability_N).clip(1e-12))
+        loss_N = np.where(label_N > 0, click_N, no_click_N)
+        # A late click belongs to an impression that was counted before, as a negative: its loss then is taken back, at
+        # the probability of now, for that of then is not kept.
+        loss_N[~first] -= no_click_N[~first]
         self._validation.append(
             Validation(
-                # A late click belongs to an impression that was counted before.
                 num_examples=float(first.sum()),
                 num_clicks=float(label_N.sum()),
                 expected_clicks=float(probability_N[first].sum()),
-                log_loss=float(-np.log(likelihood_N)[first].sum()),
+                log_loss=float(loss_N.sum()),
             )
         )
         while sum(v.num_examples for v in list(self._validation)[1:]) >= VALIDATION_EXAMPLES:
@@ -249,9 +259,10 @@ class OnlineLearner:
     def _train_generator(self, num_learned: int, num_new: int) -> dict[str, float]:
         """Train on recent impressions against the model as it is now; the leash is the generator before this update."""
         settings = self.settings.generator
-        num_steps = max(1, round(num_learned / settings.examples_per_step))
-        if not len(self._recent):
-            return {}
+        # The remainder is kept for the next update, so many small updates give as many steps as few large ones.
+        num_steps, self._stepless = divmod(self._stepless + num_learned, settings.examples_per_step)
+        if not (len(self._recent) and num_steps):
+            return self._metrics
         rng = np.random.default_rng([self.settings.seed, self.num_updates])
         torch_rng = torch.Generator().manual_seed(_seed(self.settings.seed, "generator", self.num_updates))
         policy, effects = self._policy(""), self._judges()
@@ -421,6 +432,7 @@ class OnlineLearner:
             "num_updates": self.num_updates,
             "max_event_time_ms": self.max_event_time_ms,
             "late": self._late,
+            "stepless": self._stepless,
             "metrics": self._metrics,
             "validation": [[v.num_examples, v.num_clicks, v.expected_clicks, v.log_loss] for v in self._validation],
             "recent": self._recent.state(),
@@ -438,6 +450,7 @@ class OnlineLearner:
         self._content_EF = tensors["content"].clone()
         self.num_updates, self.max_event_time_ms = state["num_updates"], state["max_event_time_ms"]
         self._late, self._metrics = list(state["late"]), dict(state["metrics"])
+        self._stepless = state.get("stepless", 0)
         self._validation = deque(
             Validation(num_examples=n, num_clicks=c, expected_clicks=e, log_loss=loss)
             for n, c, e, loss in state["validation"]

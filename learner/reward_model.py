@@ -133,6 +133,11 @@ class RewardModel:
         return self.core.layout
 
     @property
+    def num_jittered(self) -> int:
+        """Factorizations so far that needed jitter or double precision."""
+        return self.core.num_jittered
+
+    @property
     def memory_weights(self) -> list[float]:
         """Weight of each memory; they add up to 1."""
         weights: list[float] = self._weight_K.tolist()

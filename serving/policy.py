@@ -439,18 +439,16 @@ class Policy:
         context_NC = self.spec.context_matrix([request.context for _, (request, _) in items])
         product_N = np.array([self.spec.product_index.get(request.product_id, -1) for _, (request, _) in items])
         main = deck.main(rows_N, self._effects.context_weights(context_NC), context_NC)
-        ascent = Ascent(deck, rows_N, main)
-        starts = [np.stack([main_NLA.argmax(-1) for main_NLA in main], -1)]
+        ascent = Ascent(deck, rows_N, main, slice(0, -1))
+        starts = [np.stack([main_NLA[:, :-1].argmax(-1) for main_NLA in main], -1)]
         if self.settings.proposals:
             uniform_NRS = np.stack([self._proposal_numbers(key, len(deck.slots)) for key, _ in items])
             keys = [keys_KAd[rows_N] for keys_KAd in deck.keys]
             proposed_NRT = self._pointer.propose(deck.slots, keys, product_N, context_NC, uniform_NRS)
-            shape = len(items), self.num_draws + 1, *proposed_NRT.shape[1:]
+            shape = len(items), self.num_draws, *proposed_NRT.shape[1:]
             starts.append(ascent.best(np.broadcast_to(proposed_NRT[:, None], shape)))
-        winners_NMT = ascent.climb(np.stack(starts, 2), self.settings.max_sweeps)[:, :-1]
-        # The winners of all draws, seen by the posterior mean.
-        of_mean_NLMT = np.repeat(winners_NMT[:, None], self.num_draws + 1, 1)
-        logit_NM = ascent.values(of_mean_NLMT)[:, -1]
+        winners_NMT = ascent.climb(np.stack(starts, 2), self.settings.max_sweeps)
+        logit_NM = Ascent(deck, rows_N, main, slice(-1, None)).values(winners_NMT[:, None])[:, 0]
         return {
             key: _Solved(card, winners_NMT[n], logit_NM[n], self._effects.appeal(int(product_N[n]), context_NC[n]))
             for n, (key, (_, card)) in enumerate(items)

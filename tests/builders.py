@@ -41,6 +41,15 @@ def clicked(decision_id: str, time_ms: int = 1500, reward: float = 1.0) -> Click
 
 def examples_value(examples: Sequence[Labeled]) -> bytes:
     """Return the value of a record of the topic `examples`, made without the joiner's code."""
+    return encode_examples(_columns(examples))
+
+
+def batch_of(impressions: Sequence[Impression]) -> ExampleBatch:
+    """Return impressions that nobody has clicked so far."""
+    return ExampleBatch.from_columns(_columns([(each, LabelKind.PROVISIONAL, None) for each in impressions]))
+
+
+def _columns(examples: Sequence[Labeled]) -> dict[str, list[Any]]:
     impressions = [impression for impression, _, _ in examples]
     columns: dict[str, list[Any]] = {
         name: [getattr(impression, name) for impression in impressions]
@@ -54,7 +63,7 @@ def examples_value(examples: Sequence[Labeled]) -> bytes:
     columns["delay_ms"] = [
         None if click is None else click.occurred_at_ms - impression.occurred_at_ms for impression, _, click in examples
     ]
-    return encode_examples(columns)
+    return columns
 
 
 def changed(batch: ExampleBatch, **columns: Any) -> ExampleBatch:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from learner import online
 from learner.online import LearnerSettings, OnlineLearner
 from serving.policy import Choice, DecisionRequest, Policy, UniformPolicy
 from streams.contracts.catalog import Element, Product
@@ -234,6 +235,43 @@ def test_late_clicks_are_learned_and_move_the_late_share() -> None:
     assert learner.late_share > before
     # Each impression counts once, its late click with it.
     assert report.metrics["ctr"] == pytest.approx(len(clicked) / 400)
+
+
+def test_late_click_replaces_the_loss_of_the_negative_that_it_was() -> None:
+    learner = learner_of()
+    (batch,) = batches(1, 50)
+    learner.update(changed(batch, label=[0] * 50, label_kind=["provisional"] * 50))
+    before = learner.newest_validation
+    assert (before.num_examples, before.num_clicks) == (50, 0)
+    learner.update(changed(batch.take([7]), label=[1], label_kind=["late_positive"]))
+    correction = learner.newest_validation
+    assert (correction.num_examples, correction.num_clicks, correction.expected_clicks) == (0, 1, 0)
+    # -log p + log(1 - p), at the probability of now: positive as long as a click is less likely than none.
+    odds = np.exp(-correction.log_loss)
+    assert 0 < odds / (1 + odds) < 0.2
+    assert learner.metrics()["log_loss"] == pytest.approx((before.log_loss + correction.log_loss) / 50)
+
+
+@pytest.mark.parametrize("size", [50, 299, 1_000])
+def test_generator_makes_a_step_for_so_many_examples_whatever_the_updates_are(
+    monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    steps = []
+    real = online.train_step
+
+    def counted(*arguments: Any) -> Any:
+        steps.append(learner.num_updates)
+        return real(*arguments)
+
+    monkeypatch.setattr(online, "train_step", counted)
+    learner = learner_of()
+    for batch in batches(-(-1_000 // size), size):
+        learner.update(batch)
+    learned = learner.reward_model.num_examples
+    assert len(steps) == learned // SMALL.generator.examples_per_step
+    restored = learner_of()
+    restored.restore(*learner.state())
+    assert restored._stepless == learned % SMALL.generator.examples_per_step
 
 
 def test_new_products_slots_and_elements_are_learned_without_a_catalog() -> None:
