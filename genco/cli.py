@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.learn.command import add_parser as add_bench_learn
 from benchmarks.regret.command import add_parser as add_bench_regret
 from genco.learn_arguments import add_once
 from streams.contracts.settings import EX_CONFIG, ConfigurationError, MetricsSettings, load, variable_names
@@ -387,6 +388,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     join.set_defaults(command=_bench_join)
     add_bench_regret(benches)
+    add_bench_learn(benches)
     return parser
 
 

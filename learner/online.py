@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, Self
 
 import msgspec
@@ -23,13 +23,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from learner.design import Rows
-from learner.gate import GateSettings, Logged, Validation, judge, norms, probe
+from learner.encoding import ExampleEncoder
+from learner.faults import faults
+from learner.gate import GateSettings, Validation, judge, norms, probe
 from learner.generator import Cards, Generator, GeneratorSettings, padded
 from learner.generator_training import GeneratorReport, train_step
 from learner.intake import Intake
-from learner.recent import pack_recent, unpack_recent
+from learner.parsing import ExampleParser, ParsedExamples
+from learner.recent import RecentImpression, RecentImpressions
 from learner.reward_model import Effects, RewardModel, RewardModelSettings
-from serving.policy import DecisionRequest, Policy, PolicySettings
+from serving.policy import Policy, PolicySettings
 from streams.contracts.catalog import Element, Product
 from streams.contracts.examples import ExampleBatch, LabelKind
 from streams.contracts.features import FeatureLimits, FeatureSpec, GrowingFeatureSpec
@@ -119,7 +122,9 @@ class OnlineLearner:
         self._late = [1.0, 20.0]
         self._stepless = 0
         self._validation: deque[Validation] = deque()
-        self._recent: deque[Logged] = deque(maxlen=settings.replay_size)
+        self._recent = RecentImpressions(settings.replay_size)
+        self._parser = ExampleParser()
+        self._encoder = ExampleEncoder(self.features)
         self._spec: FeatureSpec = self.features.freeze()
         self._effects: Effects | None = None
         self._metrics: dict[str, float] = {}
@@ -152,23 +157,27 @@ class OnlineLearner:
         Raises:
             FloatingPointError: If the batch would make the model not finite; the reward model has learned nothing then.
         """
-        rows, skipped = self._intake.admit(batch)
+        parsed = self._parser.parse(batch)
+        rows, skipped = self._intake.admit(batch, faults(batch, parsed))
         unknown = Counter(self.features.unknown)
-        if rows:
-            batch = batch.take(rows)
-            encoded = self._encode(batch)
-            label_N = torch.from_numpy(batch.label.astype(np.float64)).to(self.device)
-            weight_N = torch.from_numpy(1.0 / batch.survival_probability).to(self.device)
-            provisional = torch.tensor([kind == LabelKind.PROVISIONAL for kind in batch.label_kind], device=self.device)
-            learned = self.reward_model.learn(encoded, label_N, weight_N, provisional, self.late_share)
-            first = np.array([kind != LabelKind.LATE_POSITIVE for kind in batch.label_kind], np.bool_)
-            self._validate(learned.probability.cpu().numpy(), batch.label.astype(np.float64), first)
-            self._count_late(batch, first)
-            self._remember(batch, first)
-            self.max_event_time_ms = max(self.max_event_time_ms, int(batch.occurred_at_ms.max()))
+        if len(rows):
+            encoded = self._encode(parsed, rows)
+            label_N = batch.label[rows].astype(np.float64)
+            is_late_N = batch.has_kind(LabelKind.LATE_POSITIVE)[rows]
+            learned = self.reward_model.learn(
+                encoded,
+                self._on_device(label_N),
+                self._on_device(1.0 / batch.survival_probability[rows]),
+                self._on_device(batch.has_kind(LabelKind.PROVISIONAL)[rows]),
+                self.late_share,
+            )
+            self._validate(learned.probability.cpu().numpy(), label_N, ~is_late_N)
+            self._count_late(label_N, is_late_N)
+            self._recent.add(batch, parsed, rows[~is_late_N])
+            self.max_event_time_ms = max(self.max_event_time_ms, int(batch.occurred_at_ms[rows].max()))
             self.num_updates += 1
             self._effects = None
-            self._metrics = self._train_generator(len(rows), int(first.sum()))
+            self._metrics = self._train_generator(len(rows), int((~is_late_N).sum()))
         for kind, count in (self.features.unknown - unknown).items():
             skipped[f"unknown_{kind}"] += count
         return UpdateReport(num_learned=len(rows), skipped=dict(skipped), metrics=self.metrics())
@@ -190,6 +199,8 @@ class OnlineLearner:
         return {
             **sum(self._validation, start=Validation()).metrics(),
             "late_share": self.late_share,
+            "remembered_decisions": float(len(self._intake)),
+            "remembered_bytes": float(self._intake.num_bytes),
             "num_examples": float(self.reward_model.num_examples),
             "num_coefficients": float(self.reward_model.layout.size),
             "changes": float(self.reward_model.change.num_changes),
@@ -199,28 +210,15 @@ class OnlineLearner:
             **self._metrics,
         }
 
-    def _encode(self, batch: ExampleBatch) -> Rows:
-        """Return the numbers of a batch; its new names enter the vocabulary first."""
-        features = self.features
-        product = [features.product(product_id) for product_id in batch.product_id]
-        chosen = []
-        seen: set[tuple[str, ...]] = set()
-        for row, context in enumerate(batch.context):
-            features.context(context)
-            # All candidates, not only the chosen: the next decision may choose any of them.
-            for slot, ids in batch.candidates[row].items():
-                if (slot, *ids) not in seen:
-                    seen.add((slot, *ids))
-                    for element_id in ids:
-                        features.element(slot, element_id)
-            creative = batch.creative[row]
-            chosen.append({features.slot(slot): features.element(slot, e) for slot, e in creative.items()})
+    def _encode(self, parsed: ParsedExamples, rows: NDArray[np.int64]) -> Rows:
+        """Return the numbers of these rows; their new names enter the vocabulary first."""
+        indexed = self._encoder.observe(parsed, rows)
         self._grow()
-        chosen_NS = torch.tensor([[row.get(s, -1) for s in range(len(self._spec.slots))] for row in chosen])
-        content_NSF = padded(self._content_EF, (len(self._content_EF) + 1, self._content_EF.shape[1]))[chosen_NS]
-        context_NC = torch.from_numpy(self._spec.context_matrix(batch.context))
-        parts = torch.tensor(product), context_NC, chosen_NS, content_NSF
-        return Rows(*(part.to(self.device) for part in parts))
+        numbers = indexed.encode(self._spec, self._content_EF)
+        return Rows(*(getattr(numbers, field.name).to(self.device) for field in fields(numbers)))
+
+    def _on_device(self, values: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(values).to(self.device)
 
     def _grow(self) -> None:
         """Make room for everything in the vocabulary."""
@@ -254,18 +252,9 @@ class OnlineLearner:
         while sum(v.num_examples for v in list(self._validation)[1:]) >= VALIDATION_EXAMPLES:
             self._validation.popleft()
 
-    def _count_late(self, batch: ExampleBatch, first: NDArray[np.bool_]) -> None:
-        keep = 0.99 ** (len(batch) / 1000.0)
-        self._late = [
-            self._late[0] * keep + float((~first).sum()),
-            self._late[1] * keep + float(batch.label.sum()),
-        ]
-
-    def _remember(self, batch: ExampleBatch, first: NDArray[np.bool_]) -> None:
-        for row in np.flatnonzero(first):
-            request = DecisionRequest(batch.product_id[row], batch.context[row], batch.candidates[row])
-            label, propensity = int(batch.label[row]), float(batch.propensity[row])
-            self._recent.append(Logged(request, batch.creative[row], propensity, label))
+    def _count_late(self, label_N: NDArray[np.float64], is_late_N: NDArray[np.bool_]) -> None:
+        keep = 0.99 ** (len(label_N) / 1000.0)
+        self._late = [self._late[0] * keep + float(is_late_N.sum()), self._late[1] * keep + float(label_N.sum())]
 
     # -- generator ----------------------------------------------------------------------------------------------------
 
@@ -274,13 +263,13 @@ class OnlineLearner:
         settings = self.settings.generator
         # The remainder is kept for the next update, so many small updates give as many steps as few large ones.
         num_steps, self._stepless = divmod(self._stepless + num_learned, settings.examples_per_step)
-        if not (self._recent and num_steps):
+        if not (len(self._recent) and num_steps):
             return self._metrics
         rng = np.random.default_rng([self.settings.seed, self.num_updates])
         torch_rng = torch.Generator().manual_seed(_seed(self.settings.seed, "generator", self.num_updates))
         policy, effects = self._policy(""), self._judges()
         published = dict(self.generator.weights) if self.num_updates > 1 else None
-        recent = list(self._recent)
+        recent = self._recent
         newest = max(1, min(num_new, len(recent)))
         report: GeneratorReport | None = None
         for _ in range(num_steps):
@@ -288,9 +277,10 @@ class OnlineLearner:
             back = np.where(
                 is_new, rng.integers(newest, size=settings.cards), rng.integers(len(recent), size=settings.cards)
             )
-            requests = [recent[-1 - int(i)].request for i in back]
-            won = [w[rng.integers(len(w), size=settings.winners)] for w in policy.winners(requests)]
-            cards, winner_BWS = self._cards(requests, won)
+            drawn = [recent[-1 - int(i)] for i in back]
+            winners = policy.winners([each.request for each in drawn])
+            won = [w[rng.integers(len(w), size=settings.winners)] for w in winners]
+            cards, winner_BWS = self._cards(drawn, won)
             report = train_step(self.generator, cards, effects, winner_BWS, published, torch_rng)
         return {f"generator_{name}": value for name, value in vars(report).items()} if report else {}
 
@@ -299,25 +289,25 @@ class OnlineLearner:
         effects = self._effects_now()
         return effects.draws | {"element": torch.from_numpy(effects.element).to(self.device)}
 
-    def _cards(self, requests: Sequence[DecisionRequest], winners: Sequence[NDArray[np.int64]]) -> tuple[Cards, Tensor]:
-        """Return requests as numbers, and their winners in the order of the vocabulary's slots."""
+    def _cards(self, drawn: Sequence[RecentImpression], winners: Sequence[NDArray[np.int64]]) -> tuple[Cards, Tensor]:
+        """Return impressions as cards in numbers, and their winners in the order of the vocabulary's slots."""
         spec, num_slots = self._spec, len(self._spec.slots)
-        widest = max(len(ids) for request in requests for ids in request.candidates.values())
-        candidate = np.full((len(requests), num_slots, widest), -1, np.int64)
+        widest = max(int(each.candidates.size_T.max()) for each in drawn)
+        candidate = np.full((len(drawn), num_slots, widest), -1, np.int64)
         mask = np.zeros(candidate.shape, np.bool_)
-        winner = np.zeros((len(requests), self.settings.generator.winners, num_slots), np.int64)
-        for b, request in enumerate(requests):
-            for t, (name, ids) in enumerate(request.candidates.items()):
-                slot = spec.slot_index.get(name, -1)
-                if slot >= 0:
-                    candidate[b, slot, : len(ids)] = [spec.element_index.get((slot, e), -1) for e in ids]
-                    mask[b, slot, : len(ids)] = True
-                    winner[b, :, slot] = winners[b][:, t]
+        winner = np.zeros((len(drawn), self.settings.generator.winners, num_slots), np.int64)
+        for b, each in enumerate(drawn):
+            index, size_T = self._encoder.find(each.candidates, spec), each.candidates.size_T
+            for t in np.flatnonzero(index.slot >= 0):
+                slot, first, size = index.slot[t], index.first[t], size_T[t]
+                candidate[b, slot, :size] = index.element[first : first + size]
+                mask[b, slot, :size] = True
+                winner[b, :, slot] = winners[b][:, t]
         content_EF = self._content_EF + torch.from_numpy(self._effects_now().trait)
         content_EF = padded(content_EF, (len(content_EF) + 1, spec.content_size))
         parts = (
-            torch.tensor([spec.product_index.get(request.product_id, -1) for request in requests]),
-            torch.from_numpy(spec.context_matrix([request.context for request in requests])),
+            torch.tensor([spec.product_index.get(each.product_id, -1) for each in drawn]),
+            torch.from_numpy(spec.context_matrix([each.context for each in drawn])),
             torch.from_numpy(candidate),
             torch.from_numpy(mask),
             content_EF[torch.from_numpy(candidate)],
@@ -403,13 +393,12 @@ class OnlineLearner:
         sha256 = hashlib.sha256(blob).hexdigest()
         policy = Policy(self._spec, tensors, self._policy_settings(), sha256)
         rng = np.random.default_rng([self.settings.seed, self.num_updates, 1])
-        recent = list(self._recent)
-        sample = rng.permutation(len(recent))[: self.settings.gate.probes]
+        sample = rng.permutation(len(self._recent))[: self.settings.gate.probes]
         verdict = judge(
             tensors,
             before=self._published.norms if self._published else None,
             validation=sum(self._validation, start=Validation()),
-            probed=probe(policy, [recent[i] for i in sample]),
+            probed=probe(policy, [self._recent[i].logged for i in sample]),
             settings=self.settings.gate,
         )
         self._candidate = _Published(sha256, norms(tensors))
@@ -448,7 +437,7 @@ class OnlineLearner:
             "stepless": self._stepless,
             "metrics": self._metrics,
             "validation": [[v.num_examples, v.num_clicks, v.expected_clicks, v.log_loss] for v in self._validation],
-            "recent": pack_recent(self._recent),
+            "recent": self._recent.state(),
         }
         return tensors, state
 
@@ -468,7 +457,8 @@ class OnlineLearner:
             Validation(num_examples=n, num_clicks=c, expected_clicks=e, log_loss=loss)
             for n, c, e, loss in state["validation"]
         )
-        self._recent = deque(unpack_recent(state["recent"]), maxlen=self.settings.replay_size)
+        self._recent.restore(state["recent"], self._parser.shelf.make)
+        self._encoder.forget()
         self._spec, self._effects = self.features.freeze(), None
         self._candidate = self._published = None
 

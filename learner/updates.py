@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from streams.contracts.examples import ExampleBatch
@@ -166,4 +167,5 @@ def in_order(batch: ExampleBatch) -> ExampleBatch:
     Learning is a sum over the examples, and sums are rounded in the order in which they are made. The archive keeps
     the order of the log only within an hour, so an update has an order of its own.
     """
-    return batch.take(sorted(range(len(batch)), key=lambda row: (batch.decision_id[row], batch.label[row])))
+    keys = [("decision_id", "ascending"), ("label", "ascending")]
+    return batch.take(pc.sort_indices(batch.columns.select([name for name, _ in keys]), sort_keys=keys).to_numpy())

@@ -255,7 +255,7 @@ class Worker:
         for name, gauge in metrics.validated.items():
             if (value := report.metrics.get(name)) is not None:
                 gauge.set(value)
-        first = np.array([kind != LabelKind.LATE_POSITIVE for kind in batch.label_kind], np.bool_)
+        first = ~batch.has_kind(LabelKind.LATE_POSITIVE)
         due_ms = batch.occurred_at_ms[first] + self._settings.label_wait_ms
         self._due_ms.append(due_ms)
         if len(due_ms):

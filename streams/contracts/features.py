@@ -162,7 +162,7 @@ class GrowingFeatureSpec:
         self._products: dict[str, int] = {}
         self._elements: dict[tuple[int, str], int] = {}
         self._columns: dict[tuple[str, str | bool | None], int] = {}
-        # Numeric fields: count, mean and sum of squared deviations (Welford 1962).
+        # Numeric fields: count, mean and sum of squared deviations.
         self._moments: dict[str, tuple[int, float, float]] = {}
 
     def _index(self, known: dict[Any, int], key: object, limit: int, kind: str) -> int:
@@ -178,30 +178,41 @@ class GrowingFeatureSpec:
         """Return the index of a slot, new ones included, or -1 if the vocabulary is full."""
         return self._index(self._slots, name, self.limits.max_slots, "slot")
 
-    def product(self, product_id: str) -> int:
-        """Return the index of a product, new ones included, or -1 if the vocabulary is full."""
+    def product(self, product_id: str, *, seen: int = 1) -> int:
+        """Return the index of a product seen `seen` times, new ones included, or -1 if the vocabulary is full."""
         return self._index(self._products, product_id, self.limits.max_products, "product")
 
-    def element(self, slot: str, element_id: str) -> int:
-        """Return the index of an element in its slot, new ones included, or -1 if a vocabulary is full."""
+    def element(self, slot: str, element_id: str, *, seen: int = 1) -> int:
+        """Return the index of a slot's element seen `seen` times, new ones included, or -1 if a vocabulary is full."""
         slot_index = self.slot(slot)
         if slot_index == UNKNOWN:
             return UNKNOWN
         return self._index(self._elements, (slot_index, element_id), self.limits.max_elements, "element")
 
     def context(self, context: Mapping[str, ContextValue]) -> None:
-        """Learn the columns of a context and the mean and spread of its numbers."""
+        """Learn the columns of one context and the mean and spread of its numbers."""
         for field, value in context.items():
             if isinstance(value, (str, bool)):
-                self._index(self._columns, (field, value), self.limits.max_context_columns, "context")
-            elif math.isfinite(value):
-                key = (field, None)
-                if self._index(self._columns, key, self.limits.max_context_columns, "context") != UNKNOWN:
-                    count, mean, squares = self._moments.get(field, (0, 0.0, 0.0))
-                    count += 1
-                    step = value - mean
-                    mean += step / count
-                    self._moments[field] = count, mean, squares + step * (value - mean)
+                self.category(field, value)
+            else:
+                self.numbers(field, np.array([value], np.float64))
+
+    def category(self, field: str, value: str | bool, *, seen: int = 1) -> None:
+        """Learn that a field had a value `seen` times."""
+        self._index(self._columns, (field, value), self.limits.max_context_columns, "context")
+
+    def numbers(self, field: str, values_N: NDArray[np.float64]) -> None:
+        """Learn the numbers that a field had; those that are not finite are left out."""
+        values_N = values_N[np.isfinite(values_N)]
+        limit = self.limits.max_context_columns
+        if not len(values_N) or self._index(self._columns, (field, None), limit, "context") == UNKNOWN:
+            return
+        # Moments of two samples together: Chan, Golub and LeVeque (1983).
+        count, mean, squares = self._moments.get(field, (0, 0.0, 0.0))
+        more, other = len(values_N), float(values_N.mean())
+        step, total = other - mean, count + more
+        squares += float(np.square(values_N - other).sum()) + step * step * count * more / total
+        self._moments[field] = total, mean + step * more / total, squares
 
     def _column(self, field: str, value: str | bool | None) -> ContextColumn:
         if value is not None:

@@ -1,27 +1,74 @@
-"""Recent impressions survive a checkpoint, and do not repeat what they share."""
+"""Recent impressions are given back as they were shown, and a checkpoint does not repeat what they share."""
 
 import json
+from typing import Any
 
-from learner.gate import Logged
-from learner.recent import pack_recent, unpack_recent
-from serving.policy import DecisionRequest
+import numpy as np
+
+from learner.candidate_sets import CandidateShelf
+from learner.parsing import ExampleParser
+from learner.recent import RecentImpressions
+from streams.contracts.examples import ExampleBatch
+from tests.builders import batch_of, shown
 
 
-def logged(i: int, candidates: dict[str, list[str]]) -> Logged:
-    request = DecisionRequest(f"p{i % 2}", {"device": "ios", "hour": i}, candidates)
-    return Logged(request, {slot: ids[0] for slot, ids in candidates.items()}, 0.25, i % 3 == 0)
+def examples(cards: list[dict[str, list[str]]]) -> ExampleBatch:
+    impressions = [
+        shown(
+            f"d{i}",
+            product_id=f"p{i % 2}",
+            context={"device": "ios", "hour": i % 3},
+            candidates=candidates,
+            creative={slot: ids[-1] for slot, ids in reversed(candidates.items())},
+            slot_propensities={slot: 1 / len(ids) for slot, ids in candidates.items()},
+            propensity=0.25,
+        )
+        for i, candidates in enumerate(cards)
+    ]
+    return batch_of(impressions)
 
 
-def test_impressions_survive_json_with_the_order_of_their_slots() -> None:
-    one, other = {"title": ["t1", "t2"], "image": ["i1"]}, {"image": ["i1"], "title": ["t1", "t2"]}
-    recent = [logged(i, candidates) for i, candidates in enumerate([one, other, {}, dict(one), {"title": ["t1"]}])]
-    found = list(unpack_recent(json.loads(json.dumps(pack_recent(recent)))))
-    assert found == recent
-    assert [list(f.request.candidates) for f in found] == [list(r.request.candidates) for r in recent]
+def recent_of(cards: list[dict[str, list[str]]], max_size: int) -> RecentImpressions:
+    recent, batch = RecentImpressions(max_size), examples(cards)
+    recent.add(batch, ExampleParser().parse(batch), np.arange(len(batch)))
+    return recent
+
+
+def restored(recent: RecentImpressions, max_size: int) -> RecentImpressions:
+    again, state = RecentImpressions(max_size), json.loads(json.dumps(recent.state()))
+    again.restore(state, CandidateShelf().make)
+    return again
+
+
+CARDS: list[dict[str, list[str]]] = [
+    {"title": ["t1", "t2"], "image": ["i1"]},
+    {"image": ["i1"], "title": ["t1", "t2"]},
+    {"title": ["t1"]},
+    {"title": ["t1", "t2"], "image": ["i1"]},
+]
+
+
+def test_impressions_are_those_that_were_shown_before_and_after_a_checkpoint() -> None:
+    recent = recent_of(CARDS, 10)
+    for each in (recent, restored(recent, 10)):
+        assert len(each) == len(CARDS)
+        for i, card in enumerate(CARDS):
+            logged: Any = each[i].logged
+            assert (logged.request.product_id, logged.propensity, logged.label) == (f"p{i % 2}", 0.25, 0)
+            assert logged.request.context == {"device": "ios", "hour": i % 3}
+            assert [(slot, list(ids)) for slot, ids in logged.request.candidates.items()] == list(card.items())
+            assert logged.creative == {slot: ids[-1] for slot, ids in card.items()}
+
+
+def test_only_the_newest_are_kept() -> None:
+    for each in (recent_of(CARDS, 2), restored(recent_of(CARDS, 2), 2)):
+        assert [each[i].product_id for i in range(len(each))] == ["p0", "p1"]
+        assert each[-1].context["hour"] == 0
 
 
 def test_shared_candidates_are_written_once() -> None:
     wide = {f"slot{s}": [f"element-{s}-{e}" for e in range(50)] for s in range(8)}
-    recent = [logged(i, {slot: list(ids) for slot, ids in wide.items()}) for i in range(2_048)]
-    assert len(pack_recent(recent)["candidates"]) == 1
-    assert len(json.dumps(pack_recent(recent))) < 1_000_000 < len(json.dumps([r.request.candidates for r in recent]))
+    state = recent_of([wide] * 300, 300).state()
+    assert len(state["sets"]) == 1
+    assert len(state["contexts"]) == 3
+    assert len(json.dumps(state)) < 50_000 < 300 * len(json.dumps(wide))

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from learner.updates import Backlog, PendingRecord, Update, concat, effective, in_order
 from streams.contracts.examples import EXAMPLE_SCHEMA, ExampleBatch, decode_examples, encode_examples
+from tests.builders import changed
 
 
 def batch(num: int, name: str = "d") -> ExampleBatch:
@@ -228,8 +229,6 @@ def test_count_is_what_take_will_return() -> None:
 
 def test_examples_stand_in_the_order_of_decision_id_a_negative_first() -> None:
     found = ExampleBatch.concat([batch(2, "b"), batch(3, "a"), batch(2, "b")])
-    found.label[:2] = 1
-    found.label[5:] = 0
-    ordered = in_order(found)
+    ordered = in_order(changed(found, label={0: 1, 1: 1, 5: 0, 6: 0}))
     assert list(ordered.decision_id) == ["a-0", "a-1", "a-2", "b-0", "b-0", "b-1", "b-1"]
     assert ordered.label.tolist()[3:] == [0, 1, 0, 1]
