@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -74,15 +75,24 @@ class RecentImpressions:
 
     def state(self) -> dict[str, Any]:
         """Return all of it as JSON-able values; what many share stands there once."""
-        sets: dict[CandidateSet, int] = {}
-        contexts: dict[int, tuple[int, Context]] = {}
+        sets: dict[bytes, tuple[int, dict[str, tuple[str, ...]]]] = {}
+        contexts: dict[bytes, tuple[int, Context]] = {}
+        keys: dict[int, bytes] = {}
         shown = []
+
+        def key(part: object, value: object) -> bytes:
+            # By value, for a learner that was restored holds other objects; encoded once for each object.
+            if id(part) not in keys:
+                keys[id(part)] = msgspec.json.encode(value)
+            return keys[id(part)]
+
         for each in self._kept:
-            number = sets.setdefault(each.candidates, len(sets))
-            context, _ = contexts.setdefault(id(each.context), (len(contexts), each.context))
+            candidates = each.candidates.candidates
+            number, _ = sets.setdefault(key(each.candidates, candidates), (len(sets), candidates))
+            context, _ = contexts.setdefault(key(each.context, each.context), (len(contexts), each.context))
             shown.append([each.product_id, context, number, each.places, each.propensity, each.label])
         return {
-            "sets": [each.candidates for each in sets],
+            "sets": [candidates for _, candidates in sets.values()],
             "contexts": [context for _, context in contexts.values()],
             "shown": shown,
         }
