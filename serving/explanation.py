@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from streams.contracts.features import ContextValue
 
@@ -15,38 +15,38 @@ Verdict = Literal["better", "worse", "average", "unclear", "unknown"]
 class Uplift(Struct, frozen=True, kw_only=True):
     """A difference in logits with its uncertainty, and the ratio of click rates that it makes."""
 
-    uplift: float
-    sd: float
+    uplift: Annotated[float, Meta(examples=[0.114])]
+    sd: Annotated[float, Meta(ge=0, examples=[0.055])]
     """Posterior standard deviation."""
-    low: float
-    high: float
+    low: Annotated[float, Meta(examples=[0.021])]
+    high: Annotated[float, Meta(examples=[0.207])]
     """Ends of the 90 % interval."""
-    clicks: float
+    clicks: Annotated[float, Meta(examples=[0.117])]
     """Ratio of click rates minus one; 0.12: 12 % more clicks."""
-    clicks_low: float
-    clicks_high: float
+    clicks_low: Annotated[float, Meta(examples=[0.021])]
+    clicks_high: Annotated[float, Meta(examples=[0.222])]
     verdict: Verdict
 
 
 class ElementCredit(Struct, frozen=True, kw_only=True):
     """A candidate of a slot."""
 
-    element_id: str
-    share: float
+    element_id: Annotated[str, Meta(examples=["t2"])]
+    share: Annotated[float, Meta(ge=0, le=1, examples=[0.47])]
     """How often the policy shows it now, in [0, 1]."""
-    credit: float
+    credit: Annotated[float, Meta(examples=[0.08])]
     """Its share of the creative's logit, pairs half and half: credits of a creative add up to its creative logit."""
-    credit_sd: float
+    credit_sd: Annotated[float, Meta(ge=0, examples=[0.06])]
     uplift: Uplift
     """Against the slot's average candidate."""
-    best: float
+    best: Annotated[float, Meta(ge=0, le=1, examples=[0.81])]
     """Probability of being the slot's best: share of the posterior draws."""
 
 
 class SlotCredits(Struct, frozen=True, kw_only=True):
     """The candidates of a slot, highest uplift first."""
 
-    slot: str
+    slot: Annotated[str, Meta(examples=["title"])]
     elements: list[ElementCredit]
 
 
@@ -95,3 +95,20 @@ class Explanation(Struct, frozen=True, kw_only=True):
     good_pairs: list[PairCredit]
     bad_pairs: list[PairCredit]
     """Strongest first, at most 10."""
+
+
+class SnapshotName(Struct, frozen=True, kw_only=True):
+    """Which snapshot was explained."""
+
+    model_id: str
+    epoch: int
+    version: int
+    max_event_time_ms: int
+    """Newest impression that it has learned from."""
+
+
+class CardCredits(Struct, frozen=True, kw_only=True):
+    """Answer of GET /v1/credits/{product_id}."""
+
+    snapshot: SnapshotName
+    explanation: Explanation

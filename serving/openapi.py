@@ -23,9 +23,17 @@ _REFUSALS: Final = {
 }
 
 
-def operation(takes: Sequence[type], gives: Sequence[type], status: int, scope: Scope) -> dict[str, Any]:
+def operation(
+    takes: Sequence[type],
+    gives: Sequence[type],
+    status: int,
+    scope: Scope,
+    parameters: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
     """Return what a route adds to its OpenAPI operation."""
     extra: dict[str, Any] = {"responses": {str(status): _content("success", gives)}, "x-scope": scope}
+    if parameters:
+        extra["parameters"] = list(parameters)
     if takes:
         extra["requestBody"] = {"required": True} | _content("", takes)
     codes = [code for code in _REFUSALS if (takes or code in ("401", "403", "422", "503"))]
