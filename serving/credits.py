@@ -133,4 +133,6 @@ def half_width(num_draws: int) -> float:
     """
     z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
     n = num_draws
-    return z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
+    return z + (z**3 + z) / (4 * n) + second + third
