@@ -31,7 +31,8 @@ from learner.reward_model import RewardModel, RewardModelSettings
 from serving.policy import DecisionRequest, Policy, PolicySettings
 from streams.contracts.catalog import Element, Product
 from streams.contracts.examples import ExampleBatch, LabelKind
-from streams.contracts.features import FeatureLimits, FeatureSpec, GrowingFeatureSpec
+from streams.contracts.features import FeatureSpec
+from streams.contracts.growing import FeatureLimits, GrowingFeatureSpec
 from streams.contracts.settings import LearnSettings
 from streams.contracts.snapshot import PolicySnapshot, SnapshotManifest, pack_tensors, sign
 

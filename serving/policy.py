@@ -43,7 +43,8 @@ from numpy.typing import NDArray
 from serving.pointer import Pointer
 from serving.search import Ascent, Card, Deck, Shape
 from streams.contracts.catalog import Element
-from streams.contracts.features import ContentEncoder, ContextValue, FeatureSpec
+from streams.contracts.encoders import ContentEncoder
+from streams.contracts.features import ContextValue, FeatureSpec
 from streams.contracts.snapshot import SnapshotError, SnapshotManifest, unpack_tensors
 
 FloatArray = NDArray[np.float32]

@@ -12,7 +12,7 @@ from learner.online import LearnerSettings, OnlineLearner
 from serving.policy import Choice, DecisionRequest, Policy, UniformPolicy
 from streams.contracts.catalog import Element, Product
 from streams.contracts.examples import ExampleBatch
-from streams.contracts.features import FeatureLimits
+from streams.contracts.growing import FeatureLimits
 from streams.contracts.settings import LearnSettings
 from streams.contracts.snapshot import PolicySnapshot, unpack_tensors, verify
 
@@ -258,7 +258,7 @@ def test_flood_of_names_is_counted_and_bounded() -> None:
     batch.product_id[:] = [f"flood-{i}" for i in range(80)]
     batch.context[:] = [{"who": f"user-{i}"} for i in range(80)]
     report = learner.update(batch)
-    assert report.skipped["unknown_product"] > 0
+    assert report.skipped["unknown_product_full"] > 0
     assert report.skipped["unknown_context"] > 0
     assert learner.reward_model.layout.products == 3
 

@@ -10,7 +10,7 @@ import pytest
 
 from serving.policy import DecisionRequest, Policy, PolicySettings, UniformPolicy
 from streams.contracts.catalog import Element
-from streams.contracts.features import GrowingFeatureSpec
+from streams.contracts.growing import GrowingFeatureSpec
 from streams.contracts.snapshot import GateVerdict, SnapshotError, SnapshotManifest, pack_tensors
 
 SLOTS = {"title": ("t0", "t1", "t2"), "image": ("i0", "i1"), "tag": ("g0", "g1", "g2", "g3")}

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streams.contracts.features import ContentEncoder, FeatureLimits, FeatureSpec, GrowingFeatureSpec
+from streams.contracts.encoders import ContentEncoder
+from streams.contracts.features import FeatureSpec
+from streams.contracts.growing import FeatureLimits, GrowingFeatureSpec
 
 
 def grown() -> GrowingFeatureSpec:
@@ -58,7 +60,7 @@ def test_full_vocabulary_leaves_names_unknown_and_counts_them() -> None:
     assert [features.product("a"), features.product("b"), features.product("a")] == [0, -1, 0]
     assert [features.element("s", "a"), features.element("s", "b"), features.element("t", "a")] == [0, -1, -1]
     features.context({"x": "1", "y": "2"})
-    assert features.unknown == {"product": 1, "element": 1, "slot": 1, "context": 1}
+    assert features.unknown == {"product_full": 1, "element_full": 1, "slot_full": 1, "context_full": 1}
     assert len(features.freeze().context) == 1
 
 
@@ -135,7 +137,7 @@ def test_unknown_encoder_is_refused() -> None:
 
 
 def test_encoding_is_the_same_in_a_process_with_another_hash_seed() -> None:
-    code = "from streams.contracts.features import *; print(ContentEncoder(6).encode((), 'Red shoes').tolist())"
+    code = "from streams.contracts.encoders import *; print(ContentEncoder(6).encode((), 'Red shoes').tolist())"
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == str(ContentEncoder(6).encode((), "Red shoes").tolist())
