@@ -72,7 +72,7 @@ class Reduction:
         k, n = self.matrix.shape
         if self.mean.shape != (n,) or not 1 <= k <= MAX_CONTENT_SIZE or n < 1:
             raise ValueError(
-                f"a reduction has mean {self.mean.shape} and matrix {self.matrix.shape}; want (n,), (k, n)"
+                f"a reduction has mean {self.mean.shape} and matrix {self.matrix.shape}; must be (n,) and (k, n)"
             )
         if not (np.isfinite(self.mean).all() and np.isfinite(self.matrix).all()):
             raise ValueError(f"the reduction of {n} numbers holds a value that is not finite")

@@ -259,7 +259,7 @@ def test_flood_of_names_is_counted_and_bounded() -> None:
     batch.context[:] = [{"who": f"user-{i}"} for i in range(80)]
     report = learner.update(batch)
     assert report.skipped["unknown_product_full"] > 0
-    assert report.skipped["unknown_context"] > 0
+    assert report.skipped["unknown_context_full"] > 0
     assert learner.reward_model.layout.products == 3
 
 
