@@ -2,9 +2,9 @@
 
 The content of an element is rich when it has more features than the F numbers of the model, or a text that a text
 encoder turns into a vector. Contents of one kind (so many features, or a text) share a reduction: the directions in
-which the catalog's contents differ most, each scaled to variance 1, at most F and only those that explain at least 1 %
-of the variance. The others would be noise that costs coefficients: with 16 numbers the pairs of four slots alone have
-1,536.
+which the catalog's contents differ most, each scaled to variance 1, at most F and only those that differ at least a
+fiftieth as much as the first. The others would be noise, and each costs coefficients: with 16 numbers the pairs of four
+slots alone have 1,536.
 
 A reduction is never fitted again once something was learned with it, so the numbers of an element, and what the
 coefficients mean, stay as they are; `extended` adds reductions for kinds that had none. `explained` tells how much of
@@ -34,8 +34,8 @@ Content = TypeVar("Content")
 
 MIN_CONTENTS = 32
 """Distinct contents of a kind below which its components would be chance."""
-MIN_SHARE = 0.01
-"""Share of the variance that a component must explain."""
+MIN_VARIANCE = 0.02
+"""Variance that a component must have, as a share of the first one's."""
 MAX_CONTENTS = 4_096
 """Contents of a kind that are looked at, evenly over the catalog, so that a fit takes a few seconds at most."""
 FAR = 5.0
@@ -70,19 +70,21 @@ def extended(encoder: ContentEncoder, elements: Iterable[Element]) -> ContentEnc
 
 
 def explained(encoder: ContentEncoder, elements: Iterable[Element]) -> dict[int, float]:
-    """Return by kind how much of what the contents differ in its reduction sees, in [0, 1].
+    """Return by kind how much of what contents differ in can be told from the numbers they are reduced to, in [0, 1].
 
-    The variance of the contents that lies in the span of the reduction over all of it, around the mean of the fit; a
-    catalog that has moved away from what was fitted falls towards 0.
+    The share of variance of a linear regression of the contents on their numbers, over the catalog as it is now (kinds
+    of fewer than `MIN_CONTENTS` are left out). A catalog that has moved away from what was fitted falls towards k / n.
     """
     shares = {}
     for kind, content_mn in _rich_contents(encoder, elements).items():
         reduction = encoder.reductions.get(kind)
-        if reduction is not None:
-            beyond_mn = content_mn - reduction.mean
-            span_nk, _ = np.linalg.qr(reduction.matrix.astype(np.float64).T)
+        if reduction is not None and len(content_mn) >= MIN_CONTENTS:
+            numbers_mk = (content_mn - reduction.mean) @ reduction.matrix.T.astype(np.float64)
+            numbers_mk -= numbers_mk.mean(0)
+            beyond_mn = (content_mn - content_mn.mean(0)) / _units(content_mn, is_text=kind == TEXT)
+            told_mn = numbers_mk @ np.linalg.lstsq(numbers_mk, beyond_mn)[0]
             total = float((beyond_mn**2).sum())
-            shares[kind] = float(((beyond_mn @ span_nk) ** 2).sum()) / total if total > 0 else 1.0
+            shares[kind] = float((told_mn**2).sum()) / total if total > 0 else 1.0
     return shares
 
 
@@ -110,7 +112,7 @@ def _evenly(contents: list[Content]) -> list[Content]:
 def _components(content_mn: FloatArray, size: int, *, is_text: bool) -> Reduction | None:
     """Return the reduction of contents (m, n), or None if they do not differ."""
     center_n = np.median(content_mn, 0)
-    unit_n = np.ones(content_mn.shape[1]) if is_text else _units(content_mn)
+    unit_n = _units(content_mn, is_text=is_text)
     beyond_mn = (content_mn - center_n) / unit_n
     distance_m = np.linalg.norm(beyond_mn, axis=1)
     near = FAR * float(np.median(distance_m))
@@ -121,7 +123,7 @@ def _components(content_mn: FloatArray, size: int, *, is_text: bool) -> Reductio
     variance = singular**2 / len(beyond_mn)
     if not variance[0] > 0:
         return None
-    k = min(size, int((variance >= MIN_SHARE * variance.sum()).sum()))
+    k = min(size, int((variance >= MIN_VARIANCE * variance[0]).sum()))
     axes_kn = axes[:k]
     # A component and its opposite are equally good; the larger end points up.
     axes_kn = axes_kn * np.sign(axes_kn[np.arange(k), np.abs(axes_kn).argmax(1)])[:, None]
@@ -129,8 +131,10 @@ def _components(content_mn: FloatArray, size: int, *, is_text: bool) -> Reductio
     return Reduction((center_n + mean_n * unit_n).astype(np.float32), matrix_kn.astype(np.float32))
 
 
-def _units(content_mn: FloatArray) -> FloatArray:
-    """Return what counts as one in each feature, (n,): features may be in any unit, and one may hold wild values."""
+def _units(content_mn: FloatArray, *, is_text: bool) -> FloatArray:
+    """Return what counts as one in each number, (n,): features may be in any unit, and one may hold wild values."""
+    if is_text:  # one vector, whose numbers have one unit
+        return np.ones(content_mn.shape[1])
     low_n, high_n = np.quantile(content_mn, (0.16, 0.84), axis=0)
     unit_n = (high_n - low_n) / 2  # the standard deviation of a normal distribution
     unit_n = np.where(unit_n > 0, unit_n, content_mn.std(0))
