@@ -1,10 +1,10 @@
 """Fits what turns rich content into few numbers: the principal components of the catalog's contents.
 
 The content of an element is rich when it has more features than the F numbers of the model, or a text that a text
-encoder turns into a vector. Contents of one kind (so many features, or a text) share a reduction: the directions in
-which the catalog's contents differ most, each scaled to variance 1, at most F and only those that differ at least a
+encoder turns into a vector. Contents of one kind (a slot's, so many features or a text) share a reduction: the
+directions in which they differ most, each scaled to the same variance, at most F and only those that differ at least a
 fiftieth as much as the first. The others would be noise, and each costs coefficients: with 16 numbers the pairs of four
-slots alone have 1,536.
+slots alone have 1,536. For each slot its own, or the first directions of texts would say which slot a text is of.
 
 A reduction is never fitted again once something was learned with it, so the numbers of an element, and what the
 coefficients mean, stay as they are; `extended` adds reductions for kinds that had none. `explained` tells how much of
@@ -27,12 +27,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streams.contracts.catalog import Element
-from streams.contracts.encoders import TEXT, ContentEncoder, Reduction
+from streams.contracts.encoders import TEXT, ContentEncoder, Kind, Reduction
 
 FloatArray = NDArray[np.float64]
 Content = TypeVar("Content")
 
-MIN_CONTENTS = 32
+MIN_CONTENTS = 16
 """Distinct contents of a kind below which its components would be chance."""
 MIN_VARIANCE = 0.02
 """Variance that a component must have, as a share of the first one's."""
@@ -59,7 +59,7 @@ def extended(encoder: ContentEncoder, elements: Iterable[Element]) -> ContentEnc
         TextModelError: If the text model is needed and not there.
     """
     fitted = {
-        kind: _components(content_mn, encoder.size, is_text=kind == TEXT)
+        kind: _components(content_mn, encoder.size, is_text=kind.length == TEXT)
         for kind, content_mn in _rich_contents(encoder, elements).items()
         if kind not in encoder.reductions and len(content_mn) >= MIN_CONTENTS
     }
@@ -69,7 +69,7 @@ def extended(encoder: ContentEncoder, elements: Iterable[Element]) -> ContentEnc
     return ContentEncoder(encoder.size, text_encoder=encoder.text_encoder, reductions={**encoder.reductions, **new})
 
 
-def explained(encoder: ContentEncoder, elements: Iterable[Element]) -> dict[int, float]:
+def explained(encoder: ContentEncoder, elements: Iterable[Element]) -> dict[Kind, float]:
     """Return by kind how much of what contents differ in can be told from the numbers they are reduced to, in [0, 1].
 
     The share of variance of a linear regression of the contents on their numbers, over the catalog as it is now (kinds
@@ -81,26 +81,27 @@ def explained(encoder: ContentEncoder, elements: Iterable[Element]) -> dict[int,
         if reduction is not None and len(content_mn) >= MIN_CONTENTS:
             numbers_mk = (content_mn - reduction.mean) @ reduction.matrix.T.astype(np.float64)
             numbers_mk -= numbers_mk.mean(0)
-            beyond_mn = (content_mn - content_mn.mean(0)) / _units(content_mn, is_text=kind == TEXT)
+            beyond_mn = (content_mn - content_mn.mean(0)) / _units(content_mn, is_text=kind.length == TEXT)
             told_mn = numbers_mk @ np.linalg.lstsq(numbers_mk, beyond_mn)[0]
             total = float((beyond_mn**2).sum())
             shares[kind] = float((told_mn**2).sum()) / total if total > 0 else 1.0
     return shares
 
 
-def _rich_contents(encoder: ContentEncoder, elements: Iterable[Element]) -> dict[int, FloatArray]:
+def _rich_contents(encoder: ContentEncoder, elements: Iterable[Element]) -> dict[Kind, FloatArray]:
     """Return the distinct contents of each kind in an order of their own, (m, n)."""
-    features: dict[int, set[tuple[float, ...]]] = {}
-    texts: set[str] = set()
+    features: dict[Kind, set[tuple[float, ...]]] = {}
+    texts: dict[Kind, set[str]] = {}
     for element in elements:
         if len(element.features) > encoder.size:
-            features.setdefault(len(element.features), set()).add(element.features)
+            features.setdefault(Kind(element.slot, len(element.features)), set()).add(element.features)
         if element.text:
-            texts.add(element.text)
+            texts.setdefault(Kind(element.slot, TEXT), set()).add(element.text)
     found = {kind: np.array(_evenly(sorted(contents))) for kind, contents in sorted(features.items())}
-    if encoder.text_encoder is not None and texts:
-        vectors = np.array([encoder.text_encoder.encode(text) for text in _evenly(sorted(texts))], np.float64)
-        found[TEXT] = vectors[vectors.any(1)]
+    if encoder.text_encoder is not None:
+        for kind, contents in sorted(texts.items()):
+            vectors = np.array([encoder.text_encoder.encode(text) for text in _evenly(sorted(contents))], np.float64)
+            found[kind] = vectors[vectors.any(1)]
     return found
 
 
@@ -128,6 +129,9 @@ def _components(content_mn: FloatArray, size: int, *, is_text: bool) -> Reductio
     # A component and its opposite are equally good; the larger end points up.
     axes_kn = axes_kn * np.sign(axes_kn[np.arange(k), np.abs(axes_kn).argmax(1)])[:, None]
     matrix_kn = axes_kn / np.sqrt(variance[:k])[:, None] / unit_n
+    if is_text:
+        # Length 1 in the mean, like hashed texts: a text says less about an element than features do.
+        matrix_kn /= np.sqrt(k)
     return Reduction((center_n + mean_n * unit_n).astype(np.float32), matrix_kn.astype(np.float32))
 
 

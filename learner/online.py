@@ -141,7 +141,7 @@ class OnlineLearner:
                 known.append((index, element))
         self._grow()
         for index, element in known:
-            content_F = self.features.encoder.encode(element.features, element.text)
+            content_F = self.features.encoder.encode(element.slot, element.features, element.text)
             self._content_EF[index] = torch.from_numpy(content_F)
         self._grow()
 

@@ -363,7 +363,7 @@ class Policy:
                     # Known from an impression but not yet from the catalog counts as unknown here.
                     if element_id in request.content and not content[t][a].any():
                         element = request.content[element_id]
-                        content[t][a] = self._encoder.encode(element.features, element.text)
+                        content[t][a] = self._encoder.encode(names[t], element.features, element.text)
             card = self._cards[key] = Card(key, names, elements, slots, index, content)
             while len(self._cards) > MAX_CARDS:
                 self._cards.popitem(last=False)

@@ -2,9 +2,10 @@
 
 An encoder is pure and has an `id`: two encoders with one id give the same numbers, in every process and release. So a
 server encodes an element that its snapshot has never met, and it starts where elements like it are. The learner fits
-the reductions of rich content to its catalog (`learner.encoder`); they travel in the snapshot as tensors.
+the reductions of rich content to its catalog (`learner.encoder`), for each slot its own, because only elements of one
+slot are ever compared; they travel in the snapshot as tensors.
 
-Shapes: n numbers of rich content, k <= F numbers it is reduced to, G reductions.
+Shapes: n numbers of rich content, k <= F numbers it is reduced to.
 """
 
 from __future__ import annotations
@@ -15,15 +16,24 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from streams.contracts.features import CLIP, MAX_CONTENT_SIZE, FloatArray
 
 TEXT = 0
-"""Key of the reduction of texts; those of features have their count n as key."""
+"""Length of the features that a reduction of texts takes the place of, in its `Kind`."""
+
+
+class Kind(NamedTuple):
+    """Which contents share a reduction: those of a slot with as many features, or its texts."""
+
+    slot: str
+    length: int
+    """Number of features, or `TEXT`."""
 
 
 class ElementEncoder(Protocol):
@@ -37,8 +47,8 @@ class ElementEncoder(Protocol):
     def size(self) -> int:
         """F."""
 
-    def encode(self, features: Sequence[float], text: str) -> FloatArray:
-        """Return the (F,) numbers of an element, each in [-4, 4]; zeros without content.
+    def encode(self, slot: str, features: Sequence[float], text: str) -> FloatArray:
+        """Return the (F,) numbers of an element of a slot, each in [-4, 4]; zeros without content.
 
         Raises:
             ValueError: If a feature is not finite.
@@ -85,14 +95,14 @@ class Reduction:
 class ContentEncoder:
     """The encoder of this release.
 
-    At most F features are taken as they are. More are reduced, by the reduction that was fitted to contents of their
-    count, or else by a fixed random matrix with orthonormal rows, which keeps the variance of a number (Johnson and
+    At most F features are taken as they are. More are reduced, by the reduction that was fitted to such contents of the
+    slot, or else by a fixed random matrix with orthonormal rows, which keeps the variance of a number (Johnson and
     Lindenstrauss 1984). Text goes into the numbers that the features leave free: on top of features it would blur what
     is exact. It becomes signed hashed counts of words and of character trigrams (Weinberger et al. 2009) of length 1,
-    or, with a text encoder, what that says, reduced likewise.
+    or what a text encoder says, once a reduction of that was fitted.
 
     Example:
-        >>> ContentEncoder(4).encode((1.0, -2.0), "")
+        >>> ContentEncoder(4).encode("image", (1.0, -2.0), "")
         array([ 1., -2.,  0.,  0.], dtype=float32)
     """
 
@@ -101,28 +111,30 @@ class ContentEncoder:
         content_size: int = 8,
         *,
         text_encoder: TextEncoder | None = None,
-        reductions: Mapping[int, Reduction] | None = None,
+        reductions: Mapping[Kind, Reduction] | None = None,
     ) -> None:
         """Build an encoder.
 
         Args:
             content_size: F, in [1, 16].
             text_encoder: What reads texts; None: they are hashed straight into the free numbers.
-            reductions: Fitted reductions by the number of features they take, `TEXT` for what `text_encoder` gives.
+            reductions: Fitted reductions; those of texts take what `text_encoder` gives.
 
         Raises:
-            ValueError: If a reduction does not fit its key or F.
+            ValueError: If a reduction does not fit its kind or F.
         """
         if not 1 <= content_size <= MAX_CONTENT_SIZE:
             raise ValueError(f"content_size is {content_size}; must be in [1, {MAX_CONTENT_SIZE}]")
         self.size = content_size
         self.text_encoder = text_encoder
         self.reductions = dict(sorted((reductions or {}).items()))
-        for key, reduction in self.reductions.items():
+        for kind, reduction in self.reductions.items():
             k, n = reduction.matrix.shape
-            want = key if key != TEXT else text_encoder.size if text_encoder else 0
+            want = kind.length if kind.length != TEXT else text_encoder.size if text_encoder else 0
             if k > content_size or n != want:
-                raise ValueError(f"reduction {key} is from {n} to {k} numbers; want from {want} to <= {content_size}")
+                raise ValueError(
+                    f"reduction {tuple(kind)} is from {n} to {k} numbers; must be from {want} to <= {content_size}"
+                )
 
     @cached_property
     def id(self) -> str:
@@ -130,11 +142,11 @@ class ContentEncoder:
         if self.text_encoder is None and not self.reductions:
             return f"hash-1:{self.size}"
         digest = hashlib.sha256()
-        for name, array in self.tensors().items():
-            digest.update(f"{name}{array.shape}".encode() + array.astype("<f4").tobytes())
+        for array in self.tensors().values():
+            digest.update(f"{array.shape}".encode() + array.tobytes())
         return f"content-1:{self.size}:{self.text_encoder.id if self.text_encoder else ''}:{digest.hexdigest()[:16]}"
 
-    def encode(self, features: Sequence[float], text: str) -> FloatArray:
+    def encode(self, slot: str, features: Sequence[float], text: str) -> FloatArray:
         """See `ElementEncoder`; the text model, if any, is loaded by the first text.
 
         Raises:
@@ -145,39 +157,36 @@ class ContentEncoder:
         if not np.isfinite(x).all():
             raise ValueError(f"element features hold a value that is not finite: {x[~np.isfinite(x)][0]}")
         if len(x) > self.size:
-            fitted = self.reductions.get(len(x))
+            fitted = self.reductions.get(Kind(slot, len(x)))
             x = fitted.apply(x) if fitted else _projection(self.size, len(x)) @ x
         out = np.zeros(self.size)
         out[: len(x)] = x
-        text_numbers = self._text(text, self.size - len(x))
+        text_numbers = self._text(slot, text, self.size - len(x))
         out[len(x) : len(x) + len(text_numbers)] = text_numbers
         clipped: FloatArray = np.clip(out, -CLIP, CLIP).astype(np.float32)
         return clipped
 
-    def _text(self, text: str, room: int) -> NDArray[np.float64]:
+    def _text(self, slot: str, text: str, room: int) -> NDArray[np.float64]:
         if not room or not text:
             return np.zeros(0)
-        if self.text_encoder is None:
+        fitted = self.reductions.get(Kind(slot, TEXT))
+        if self.text_encoder is None or fitted is None:
             return hashed(text, room)
         vector = self.text_encoder.encode(text).astype(np.float64)
-        if not vector.any():
-            return np.zeros(0)
-        fitted = self.reductions.get(TEXT)
-        if fitted:
-            # Its numbers are in the order of what they explain.
-            return fitted.apply(vector)[:room]
-        return _unit(_projection(room, len(vector)) @ vector) if room < len(vector) else vector
+        # Its numbers are in the order of what they explain. Nothing to read is no text, not one far from the mean.
+        return fitted.apply(vector)[:room] if vector.any() else np.zeros(0)
 
-    def tensors(self) -> dict[str, FloatArray]:
+    def tensors(self) -> dict[str, NDArray[Any]]:
         """Return the reductions as tensors of a snapshot.
 
         Returns:
-            `shapes` (G, 3): key, k and n of each; `mean` and `matrix`: their numbers, one reduction after the other.
+            `kinds`: uint8, JSON of slot, length, k and n of each; `mean` and `matrix`: float32, their numbers, one
+            reduction after the other.
         """
-        shapes = [(key, *reduction.matrix.shape) for key, reduction in self.reductions.items()]
+        kinds = [(*kind, *reduction.matrix.shape) for kind, reduction in self.reductions.items()]
         empty = np.zeros(0, np.float32)
         return {
-            "shapes": np.array(shapes, np.float32).reshape(-1, 3),
+            "kinds": np.frombuffer(msgspec.json.encode(kinds), np.uint8),
             "mean": np.concatenate([empty, *(r.mean for r in self.reductions.values())]),
             "matrix": np.concatenate([empty, *(r.matrix.ravel() for r in self.reductions.values())]),
         }
@@ -230,19 +239,22 @@ class HashedText:
         return hashed(text, self.size).astype(np.float32)
 
 
-def _unpacked(tensors: Mapping[str, NDArray[Any]]) -> dict[int, Reduction]:
-    reductions, mean_at, matrix_at = {}, 0, 0
+def _unpacked(tensors: Mapping[str, NDArray[Any]]) -> dict[Kind, Reduction]:
     mean, matrix = tensors["mean"], tensors["matrix"]
-    for key, k, n in tensors["shapes"].astype(np.int64).tolist():
-        parts = mean[mean_at : mean_at + n], matrix[matrix_at : matrix_at + k * n]
-        if min(key, k, n) < 0 or len(parts[0]) != n or len(parts[1]) != k * n:
-            raise ValueError(
-                f"reduction {key} of an element encoder wants {k} x {n} numbers; the tensors are too short"
-            )
-        reductions[key] = Reduction(parts[0], parts[1].reshape(k, n))
-        mean_at, matrix_at = mean_at + n, matrix_at + k * n
-    if mean_at != len(mean) or matrix_at != len(matrix):
-        raise ValueError(f"an element encoder has {len(matrix)} numbers in its matrices; its shapes say {matrix_at}")
+    try:
+        kinds = msgspec.json.decode(tensors["kinds"].tobytes(), type=list[tuple[str, int, int, int]])
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"reductions of an element encoder: {error}") from None
+    if any(min(sizes) < 0 for _, *sizes in kinds) or (
+        (len(mean), len(matrix)) != (sum(n for *_, n in kinds), sum(k * n for *_, k, n in kinds))
+    ):
+        raise ValueError(
+            f"an element encoder has {len(mean)} + {len(matrix)} numbers, which its {kinds} do not add up to"
+        )
+    reductions = {}
+    for slot, length, k, n in kinds:
+        reductions[Kind(slot, length)] = Reduction(mean[:n], matrix[: k * n].reshape(k, n))
+        mean, matrix = mean[n:], matrix[k * n :]
     return reductions
 
 

@@ -66,7 +66,7 @@ class FeatureSpec(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             if len(set(values)) + max(values.count(None) - 1, 0) != len(values):
                 raise ValueError(f"{name} of a feature spec hold a name twice")
         slots = {index for index, name in enumerate(self.slots) if name is not None}
-        if any(element is not None and element[0] not in slots for element in self.elements):
+        if not {element[0] for element in self.elements if element is not None} <= slots:
             raise ValueError(f"an element of a feature spec names a slot that is none of its {len(slots)}")
         if any(not (math.isfinite(c.mean) and math.isfinite(c.sd) and c.sd > 0) for c in columns):
             raise ValueError("a context column of a feature spec has a mean or sd that is not finite, or sd <= 0")

@@ -87,6 +87,7 @@ class GrowingFeatureSpec:
         self._moments: dict[str, Moments] = {}
         self._values: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
+        self._frozen_elements: tuple[tuple[int, int], tuple[tuple[int, str] | None, ...]] = (-1, -1), ()
 
     # -- names --------------------------------------------------------------------------------------------------------
 
@@ -201,12 +202,17 @@ class GrowingFeatureSpec:
 
     def freeze(self) -> FeatureSpec:
         """Return the vocabulary as it is now."""
-        slot_of = {name: row for row, name in enumerate(self._slots.names)}
+        version = self._slots.version, self._elements.version
+        if self._frozen_elements[0] != version:
+            # Thousands of elements that seldom change, and a spec for every update.
+            slot_of = {name: row for row, name in enumerate(self._slots.names)}
+            elements = tuple(key and (slot_of[key[0]], key[1]) for key in self._elements.names)
+            self._frozen_elements = version, elements
         return FeatureSpec(
             slots=self._slots.names,
             context=tuple(key and self._frozen_column(*key) for key in self._columns.names),
             products=self._products.names,
-            elements=tuple(key and (slot_of[key[0]], key[1]) for key in self._elements.names),
+            elements=self._frozen_elements[1],
             content_size=self.limits.content_size,
             encoder=self.encoder.id,
         )
@@ -246,6 +252,7 @@ class GrowingFeatureSpec:
         }
         self._values = Counter(key[0] for key in self._columns.names if key is not None)
         self._refused = Counter(state["refused"])
+        self._frozen_elements = (-1, -1), ()
 
 
 def _with_tuples(state: Mapping[str, Any]) -> dict[str, Any]:

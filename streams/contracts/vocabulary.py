@@ -55,6 +55,8 @@ class Vocabulary(Generic[Name]):
         self.limit, self.min_seen = limit, min_seen
         self.unknown: Counter[str] = Counter()
         """Sightings of names without a row: `rare`, or the vocabulary was `full`."""
+        self.version = 0
+        """Changes whenever a row changes its name."""
         self._rows: dict[Name, int] = {}
         self._names: list[Name | None] = []
         self._free: list[int] = []
@@ -124,6 +126,7 @@ class Vocabulary(Generic[Name]):
             del self._rows[name]
             self._names[row] = None
             heapq.heappush(self._free, row)
+        self.version += len(freed)
         return freed
 
     def _often_enough(self, name: Name, seen: int) -> bool:
@@ -150,6 +153,7 @@ class Vocabulary(Generic[Name]):
             return UNKNOWN
         self._waiting.pop(name, None)
         self._rows[name] = row
+        self.version += 1
         self._seen_ms[row], self._pinned[row] = 0, False
         return row
 
@@ -180,6 +184,7 @@ class Vocabulary(Generic[Name]):
         """
         if len(names) > self.limit:
             raise ValueError(f"a stored vocabulary has {len(names)} rows; the limit is {self.limit} now, raise it")
+        self.version += 1
         self._names = list(names)
         self._rows = {name: row for row, name in enumerate(names) if name is not None}
         self._free = [row for row, name in enumerate(names) if name is None]  # ascending, so a heap

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from learner.encoder import MIN_CONTENTS, explained, extended
 from streams.contracts.catalog import Element
-from streams.contracts.encoders import TEXT, ContentEncoder, HashedText
+from streams.contracts.encoders import TEXT, ContentEncoder, HashedText, Kind
 
 
 def hidden_content(
@@ -27,7 +27,7 @@ def elements(content: np.ndarray, prefix: str = "e") -> list[Element]:
 
 
 def encoded(encoder: ContentEncoder, content: np.ndarray) -> np.ndarray:
-    return np.array([encoder.encode(tuple(row), "") for row in content])
+    return np.array([encoder.encode("image", tuple(row), "") for row in content])
 
 
 def r_squared(x: np.ndarray, y: np.ndarray) -> float:
@@ -39,7 +39,7 @@ def r_squared(x: np.ndarray, y: np.ndarray) -> float:
 def test_few_numbers_keep_the_hidden_traits_of_contents_never_seen() -> None:
     content, _ = hidden_content(80)
     encoder = extended(ContentEncoder(8), elements(content))
-    assert encoder.reductions[64].matrix.shape == (6, 64)  # the noise is left out although there is room
+    assert encoder.reductions[Kind("image", 64)].matrix.shape == (6, 64)  # the noise is left out although there is room
     fresh, hidden = hidden_content(200, seed=1)
     numbers = encoded(encoder, fresh)
     assert not numbers[:, 6:].any()
@@ -49,7 +49,7 @@ def test_few_numbers_keep_the_hidden_traits_of_contents_never_seen() -> None:
 
 def test_contents_that_differ_in_everything_alike_take_all_numbers() -> None:
     content = np.random.default_rng(0).standard_normal((400, 200))
-    assert extended(ContentEncoder(8), elements(content)).reductions[200].matrix.shape == (8, 200)
+    assert extended(ContentEncoder(8), elements(content)).reductions[Kind("image", 200)].matrix.shape == (8, 200)
 
 
 def test_units_of_the_features_do_not_matter() -> None:
@@ -86,9 +86,23 @@ def test_reduction_stays_as_it_was_and_new_kinds_get_theirs() -> None:
     assert extended(first, elements(moved)) is first
     shorter, _ = hidden_content(60, n=20, seed=5)
     second = extended(first, [*elements(moved), *elements(shorter, "f")])
-    assert sorted(second.reductions) == [20, 64]
+    assert sorted(second.reductions) == [("image", 20), ("image", 64)]
     assert second.id != first.id
     assert np.array_equal(encoded(second, content), encoded(first, content))
+
+
+def test_each_slot_has_a_reduction_of_its_own() -> None:
+    images, hidden = hidden_content(80)
+    titles = 5.0 + 0.3 * np.random.default_rng(3).standard_normal((80, 64)) ** 3
+    catalog = [
+        *elements(images),
+        *(Element(element_id=f"t{i}", slot="title", features=tuple(row.tolist())) for i, row in enumerate(titles)),
+    ]
+    encoder = extended(ContentEncoder(8), catalog)
+    alone = extended(ContentEncoder(8), elements(images))
+    assert np.array_equal(encoded(encoder, images), encoded(alone, images))
+    assert r_squared(encoded(encoder, images), hidden) > 0.95
+    assert sorted(encoder.reductions) == [("image", 64), ("title", 64)]
 
 
 def test_too_few_contents_are_not_fitted() -> None:
@@ -97,7 +111,7 @@ def test_too_few_contents_are_not_fitted() -> None:
     assert extended(plain, elements(content[:-1])) is plain
     # The same content twice says nothing new.
     assert extended(plain, elements(np.repeat(content[:-1], 2, axis=0))) is plain
-    assert 64 in extended(plain, elements(content)).reductions
+    assert Kind("image", 64) in extended(plain, elements(content)).reductions
 
 
 @given(st.integers(0, 10**6))
@@ -113,8 +127,8 @@ def test_explained_share_falls_when_the_catalog_moves_away() -> None:
     encoder = extended(ContentEncoder(8), elements(content))
     fresh, _ = hidden_content(80, seed=1)
     other = np.random.default_rng(7).standard_normal((80, 64))
-    assert explained(encoder, elements(fresh))[64] > 0.95
-    assert explained(encoder, elements(other))[64] < 0.3
+    assert explained(encoder, elements(fresh))[Kind("image", 64)] > 0.95
+    assert explained(encoder, elements(other))[Kind("image", 64)] < 0.3
     assert explained(ContentEncoder(8), elements(fresh)) == explained(encoder, elements(fresh[:10])) == {}
 
 
@@ -127,9 +141,9 @@ def test_new_title_starts_where_similar_titles_are() -> None:
     known = [t for t in titles if t != "Warm jacket for winter"]
     catalog = [Element(element_id=t, slot="title", text=t) for t in known]
     encoder = extended(ContentEncoder(8, text_encoder=HashedText(256)), catalog)
-    assert encoder.reductions[TEXT].matrix.shape == (8, 256)
-    new = encoder.encode((), "Warm jacket for winter")
-    distance = np.array([np.linalg.norm(encoder.encode((), title) - new) for title in known])
+    assert encoder.reductions[Kind("title", TEXT)].matrix.shape == (8, 256)
+    new = encoder.encode("title", (), "Warm jacket for winter")
+    distance = np.array([np.linalg.norm(encoder.encode("title", (), title) - new) for title in known])
     nearest = [known[i] for i in np.argsort(distance)[:5]]
     # 14 % of the titles share two of its three parts: five by chance is one in 30,000.
     assert all(sum(part in title for part in ("Warm", "jacket", "for winter")) >= 2 for title in nearest), nearest

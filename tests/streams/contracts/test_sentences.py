@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from streams.contracts import minilm, sentences
-from streams.contracts.encoders import ContentEncoder, HashedText, TextEncoder
+from streams.contracts.encoders import TEXT, ContentEncoder, HashedText, Kind, Reduction, TextEncoder
 from streams.contracts.minilm import NUM_HEADS, NUM_LAYERS, WIDTH, MiniLM
 from streams.contracts.sentences import SentenceEncoder, TextModelError
 
@@ -164,8 +164,13 @@ def test_new_title_starts_near_titles_that_mean_the_same() -> None:
 
 
 @installed
-def test_element_encoder_with_sentences_travels_by_its_id() -> None:
-    encoder = ContentEncoder(8, text_encoder=SentenceEncoder())
-    again = ContentEncoder.from_id(encoder.id, None, {SentenceEncoder.id: SentenceEncoder()})
-    assert again.encode((), "red shoes").tolist() == encoder.encode((), "red shoes").tolist()
-    assert np.linalg.norm(encoder.encode((), "red shoes")) == pytest.approx(1.0, abs=1e-5)
+def test_element_encoder_with_sentences_travels_by_its_id_and_tensors() -> None:
+    matrix = np.random.default_rng(0).standard_normal((8, WIDTH)).astype(np.float32)
+    encoder = ContentEncoder(
+        8,
+        text_encoder=SentenceEncoder(),
+        reductions={Kind("title", TEXT): Reduction(np.zeros(WIDTH, np.float32), matrix)},
+    )
+    again = ContentEncoder.from_id(encoder.id, encoder.tensors(), {SentenceEncoder.id: SentenceEncoder()})
+    assert again.encode("title", (), "red shoes").tolist() == encoder.encode("title", (), "red shoes").tolist()
+    assert encoder.encode("title", (), "red shoes").any()
