@@ -157,8 +157,9 @@ def _all_elements(product: str, policy: Policy) -> dict[str, list[str]]:
     if product not in spec.product_index:
         raise ValueError(unknown_product(product, spec.product_index).replace("catalog", "snapshot"))
     candidates: dict[str, list[str]] = {}
-    for slot, element_id in spec.elements:
-        candidates.setdefault(spec.slots[slot], []).append(element_id)
+    slots = {index: name for name, index in spec.slot_index.items()}
+    for slot, element_id in spec.element_index:
+        candidates.setdefault(slots[slot], []).append(element_id)
     print(
         "GENCO_KAFKA_BOOTSTRAP_SERVERS is not set, so the catalog is not read: every element of the snapshot counts as "
         "a candidate; --candidates FILE says which ones the card has",

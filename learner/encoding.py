@@ -22,7 +22,9 @@ from learner.candidate_sets import CandidateSet
 from learner.design import Rows
 from learner.generator import padded
 from learner.parsing import Context, ParsedExamples
-from streams.contracts.features import UNKNOWN, FeatureSpec, GrowingFeatureSpec
+from streams.contracts.features import FeatureSpec
+from streams.contracts.growing import GrowingFeatureSpec
+from streams.contracts.vocabulary import UNKNOWN
 
 IntArray = NDArray[np.int64]
 
@@ -117,6 +119,9 @@ class ExampleEncoder:
         used, set_N, times = _used(parsed.set[rows])
         sets = [candidates for u in used if (candidates := parsed.sets[u]) is not None]
         found = [self._enter(candidates, seen) for candidates, seen in zip(sets, times, strict=True)]
+        # Those of a set that is kept are not looked up, but seen they were.
+        slots, elements = (np.concatenate([getattr(index, n) for index in found]) for n in ("slot", "element"))
+        self._features.touch(slots=slots, elements=elements)
         place_NT = parsed.place[rows]
         slot_UT = np.full((len(found), place_NT.shape[1]), UNKNOWN, np.int64)
         first_UT = np.zeros_like(slot_UT)

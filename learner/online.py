@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from learner.design import Rows
+from learner.encoder import extended
 from learner.encoding import ExampleEncoder
 from learner.faults import faults
 from learner.gate import GateSettings, Validation, judge, norms, probe
@@ -34,8 +35,11 @@ from learner.recent import RecentImpression, RecentImpressions
 from learner.reward_model import Effects, RewardModel, RewardModelSettings
 from serving.policy import Policy, PolicySettings
 from streams.contracts.catalog import Element, Product
+from streams.contracts.encoders import ContentEncoder
 from streams.contracts.examples import ExampleBatch, LabelKind
-from streams.contracts.features import FeatureLimits, FeatureSpec, GrowingFeatureSpec
+from streams.contracts.features import FeatureSpec
+from streams.contracts.growing import FeatureLimits, GrowingFeatureSpec
+from streams.contracts.sentences import text_encoder_named, text_encoders
 from streams.contracts.settings import LearnSettings
 from streams.contracts.snapshot import PolicySnapshot, SnapshotManifest, pack_pairs, pack_tensors, sign
 
@@ -60,6 +64,8 @@ class LearnerSettings:
     """Recent impressions that the generator trains on and the gate looks at."""
     newest_share: float = 0.4
     """Share of a generator batch that comes from the newest examples."""
+    text_encoder: str = "hash"
+    """What reads the texts of elements: `hash`, `ngrams` or `minilm`, see `streams.contracts.sentences`."""
     features: FeatureLimits = field(default_factory=FeatureLimits)
     reward_model: RewardModelSettings = field(default_factory=RewardModelSettings)
     generator: GeneratorSettings = field(default_factory=GeneratorSettings)
@@ -72,6 +78,7 @@ class LearnerSettings:
             seed=settings.seed,
             num_draws=settings.particles,
             epsilon=settings.epsilon,
+            text_encoder=settings.text_encoder,
             # A joiner that starts again emits one attribution window again, and may itself be one behind.
             horizon_ms=3 * settings.attribution_window_ms,
         )
@@ -110,7 +117,9 @@ class OnlineLearner:
     def __init__(self, settings: LearnerSettings | None = None, device: str = "cpu") -> None:
         self.settings = settings = settings or LearnerSettings()
         self.device = torch.device(device)
-        self.features = GrowingFeatureSpec(settings.features)
+        text_encoder = text_encoder_named(settings.text_encoder)
+        content_encoder = ContentEncoder(settings.features.content_size, text_encoder=text_encoder)
+        self.features = GrowingFeatureSpec(settings.features, content_encoder)
         self.reward_model = RewardModel(settings.reward_model, device)
         self.generator = Generator(
             settings.features.content_size, settings.generator, seed=settings.seed, device=device
@@ -135,21 +144,26 @@ class OnlineLearner:
 
     def apply_catalog(self, elements: Mapping[str, Element], products: Mapping[str, Product]) -> None:
         """Take the catalog as it is now: names enter the vocabulary, contents replace those known before."""
+        named = dict.fromkeys((element.slot, element.element_id) for element in elements.values())
         for product in products.values():
-            self.features.product(product.product_id)
-            for slot, ids in product.slots.items():
-                for element_id in ids:
-                    self.features.element(slot, element_id)
-        known: list[tuple[int, Element]] = []
+            named |= dict.fromkeys((slot, element_id) for slot, ids in product.slots.items() for element_id in ids)
+        self.features.catalog([product.product_id for product in products.values()], named)
+        self._extend_encoder(elements)
+        self._grow()
         for element in elements.values():
-            index = self.features.element(element.slot, element.element_id)
+            index = self._spec.row_of(element.slot, element.element_id)
             if index >= 0:
-                known.append((index, element))
+                content_F = self.features.encoder.encode(element.slot, element.features, element.text)
+                self._content_EF[index] = torch.from_numpy(content_F)
         self._grow()
-        for index, element in known:
-            content_F = self.features.encoder.encode(element.features, element.text)
-            self._content_EF[index] = torch.from_numpy(content_F)
-        self._grow()
+
+    def _extend_encoder(self, elements: Mapping[str, Element]) -> None:
+        """Fit reductions to kinds of rich content that had none."""
+        encoder = extended(self.features.encoder, elements.values())
+        if encoder is not self.features.encoder:
+            self.features.encoder = encoder
+            if self.reward_model.num_examples:
+                self.reward_model.reset_content()
 
     def update(self, batch: ExampleBatch) -> UpdateReport:
         """Learn a batch: each decision at most once as a negative and once as a positive.
@@ -161,6 +175,7 @@ class OnlineLearner:
         rows, skipped = self._intake.admit(batch, faults(batch, parsed))
         unknown = Counter(self.features.unknown)
         if len(rows):
+            self.features.advance(int(batch.occurred_at_ms[rows].max()))
             encoded = self._encode(parsed, rows)
             label_N = batch.label[rows].astype(np.float64)
             is_late_N = batch.has_kind(LabelKind.LATE_POSITIVE)[rows]
@@ -178,6 +193,7 @@ class OnlineLearner:
             self.num_updates += 1
             self._effects = None
             self._metrics = self._train_generator(len(rows), int((~is_late_N).sum()))
+            self._expire()
         for kind, count in (self.features.unknown - unknown).items():
             skipped[f"unknown_{kind}"] += count
         return UpdateReport(num_learned=len(rows), skipped=dict(skipped), metrics=self.metrics())
@@ -216,6 +232,16 @@ class OnlineLearner:
         self._grow()
         numbers = indexed.encode(self._spec, self._content_EF)
         return Rows(*(getattr(numbers, field.name).to(self.device) for field in fields(numbers)))
+
+    def _expire(self) -> None:
+        """Give rows back whose names were not seen for long."""
+        freed = self.features.expire()
+        if freed:
+            self._encoder.forget()
+            self.reward_model.reset(freed)
+            self.generator.reset(freed)
+            self._content_EF[list(freed.elements)] = 0.0
+            self._grow()
 
     def _on_device(self, values: NDArray[Any]) -> Tensor:
         return torch.from_numpy(values).to(self.device)
@@ -333,15 +359,20 @@ class OnlineLearner:
             **{f"generator.{name}": w for name, w in self.generator.weights.items()},
             "element_content": self._content_EF,
         }
-        return {name: np.asarray(w.detach().cpu().numpy(), order="C") for name, w in named.items()} | {
-            "product": effects.product,
-            "element": effects.element,
-            "element_sd": effects.element_sd,
-            "trait": effects.trait,
-            "trait_root": effects.trait_root,
-            "pair": effects.pair,
-            "pairs": pack_pairs(effects.pairs),
-        }
+        encoder = {f"encoder.{name}": array for name, array in self.features.encoder.tensors().items()}
+        return (
+            {name: np.asarray(w.detach().cpu().numpy(), order="C") for name, w in named.items()}
+            | encoder
+            | {
+                "product": effects.product,
+                "element": effects.element,
+                "element_sd": effects.element_sd,
+                "trait": effects.trait,
+                "trait_root": effects.trait_root,
+                "pair": effects.pair,
+                "pairs": pack_pairs(effects.pairs),
+            }
+        )
 
     def _policy_settings(self) -> PolicySettings:
         return PolicySettings(
@@ -429,8 +460,11 @@ class OnlineLearner:
         parts = self._parts()
         tensors = {f"{name}.{key}": w.contiguous() for name, part in parts.items() for key, w in part.tensors().items()}
         tensors["content"] = self._content_EF
+        encoder = self.features.encoder.tensors()
+        tensors |= {f"encoder.{name}": torch.from_numpy(array.copy()) for name, array in encoder.items()}
         state = {name: part.state() for name, part in parts.items()} | {
             "features": self.features.state(),
+            "encoder": self.features.encoder.id,
             "num_updates": self.num_updates,
             "max_event_time_ms": self.max_event_time_ms,
             "late": self._late,
@@ -448,6 +482,8 @@ class OnlineLearner:
             prefix = f"{name}."
             own = {key.removeprefix(prefix): w.clone() for key, w in tensors.items() if key.startswith(prefix)}
             part.restore(own, state[name])
+        encoder = {name: tensors[f"encoder.{name}"].numpy().copy() for name in ("kinds", "mean", "matrix")}
+        self.features.encoder = ContentEncoder.from_id(state["encoder"], encoder, text_encoders())
         self.features.restore(state["features"])
         self._content_EF = tensors["content"].clone()
         self.num_updates, self.max_event_time_ms = state["num_updates"], state["max_event_time_ms"]

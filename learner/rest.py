@@ -175,6 +175,13 @@ class DiagonalRest:
             table.mean *= 1.0 - share / 2
             table.variance += share * (prior - table.variance)
 
+    def reset_context(self, columns: IntArray) -> None:
+        """Bring the effects with context columns back to the prior: other categories take the columns."""
+        for name in ("product", "element"):
+            table = self._tables[name]
+            table.mean[:, :, 1 + columns] = 0.0
+            table.variance[:, :, 1 + columns] = self.settings.prior(name, table.mean.shape[2])[1 + columns]
+
     def touch(self, rows: Rows, now: int) -> Touched:
         """Return the rows of a batch after `now` learned examples; pairs that have none yet come with their prior."""
         context_NC = rows.context.cpu().double().numpy()

@@ -15,8 +15,8 @@ prequential log loss. The served mean is their weighted mean.
 When creatives no longer earn what they are said to, the world has changed, and what is known of tastes is widened
 (`learner.change_test`).
 
-An update validates first, then learns the core (in the first examples twice: a second pass at the new logits replaces
-what the first added), then, given the core, the rest, then the traits.
+An update validates first, then learns the core (among the first examples in several passes: each, at the new logits,
+replaces what the one before added), then, given the core, the rest, then the traits.
 
 Shapes: N examples, K memories, D coefficients of the core, M draws, S slots, Q pairs of slots, F content numbers, of
 which the first G stand in pairs, C context columns, P products, E elements, R pairs of elements.
@@ -44,6 +44,13 @@ from learner.design import Layout, Rows, design
 from learner.rest import DiagonalRest, RestSettings, Touched
 from learner.traits import Traits
 from learner.workers import ALONE, Workers
+from streams.contracts.growing import Freed
+
+MAX_PASSES = 12
+"""Passes over a batch among the first examples: from a prior of 3.6 % to a click rate of 20 % Newton's steps overshoot,
+and what a pass adds is right only where the logits stay."""
+SETTLED = 0.02
+"""Mean change of the logits, in logits, at which a pass is the last."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +66,7 @@ class RewardModelSettings:
     weight_share: float = 0.05
     """How much weight all memories keep in any case."""
     warm_examples: int = 10_000
-    """So many examples get two passes, and teach no traits."""
+    """So many examples get several passes, and teach no traits."""
     variance_every: int = 10_000
     """Examples between two updates of the prior variances."""
     trait_scale: float = 0.3
@@ -167,14 +174,20 @@ class RewardModel:
         self.traits.grow(elements, content)
         self._num_elements = elements
 
-    def reset_elements(self, rows: NDArray[np.int64]) -> None:
-        """Forget what was learned of elements whose names are gone: other names take their rows."""
-        self.rest.reset("element", rows)
-        self.traits.reset(rows)
+    def reset(self, freed: Freed) -> None:
+        """Forget what was learned under names that are gone: other names take their rows and columns."""
+        elements, products = (np.array(rows, np.int64) for rows in (freed.elements, freed.products))
+        self.rest.reset("element", elements)
+        self.rest.reset("product", products)
+        self.rest.reset_context(np.array(freed.context, np.int64))
+        self.traits.reset(elements)
+        if freed.slots or freed.context:
+            self.core.reset(slots=freed.slots, context=freed.context)
 
-    def reset_products(self, rows: NDArray[np.int64]) -> None:
-        """Forget what was learned of products whose names are gone."""
-        self.rest.reset("product", rows)
+    def reset_content(self) -> None:
+        """Forget what was learned of content: other numbers stand for it now. Products and single elements stay."""
+        self.core.widen(1.0)
+        self.traits.reset(np.arange(self._num_elements))
 
     def _design(self, rows: Rows) -> Tensor:
         content_NSF = self.traits.corrected(rows)
@@ -247,7 +260,8 @@ class RewardModel:
         """Return the core's posterior after the batch and the whole logits (N, K) that it gives."""
         keep = [(1.0 - f) ** (len(x_ND) / 1000.0) for f in self.settings.memories]
         own = slice(self._workers.rank, None, self._workers.size)
-        for _ in range(2 if self.num_examples < self.settings.warm_examples else 1):
+        for _ in range(MAX_PASSES if self.num_examples < self.settings.warm_examples else 1):
+            before_NK = logit_NK
             learned = self.core.learned(
                 x_ND[own],
                 logit_NK=logit_NK[own].to(self.device),
@@ -259,6 +273,8 @@ class RewardModel:
                 add=self._workers.add,
             )
             logit_NK = self.core.logits(x_ND, learned.theta).cpu() + rest_NK
+            if float((logit_NK - before_NK).abs().mean()) < SETTLED:
+                break
         return learned, logit_NK
 
     def _weigh_memories(self, probability_NK: Tensor, label_N: Tensor, weight_N: Tensor) -> None:

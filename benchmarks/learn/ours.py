@@ -21,7 +21,7 @@ from learner.online import LearnerSettings, OnlineLearner
 from learner.parsing import ExampleParser
 from learner.reward_model import LearnedBatch, RewardModel
 from streams.contracts.examples import ExampleBatch, decode_examples
-from streams.contracts.features import GrowingFeatureSpec
+from streams.contracts.growing import GrowingFeatureSpec
 from streams.contracts.settings import LearnSettings
 from streams.example_records import EXAMPLES_PER_RECORD
 

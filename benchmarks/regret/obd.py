@@ -39,7 +39,7 @@ from benchmarks.regret.policies.base import (
 )
 from benchmarks.regret.worlds import BATCH
 from genco.obd import SLOT, LoadedLog, find_logs, load
-from streams.contracts.features import ContentEncoder
+from streams.contracts.encoders import ContentEncoder
 
 FloatArray = NDArray[np.float64]
 
@@ -96,7 +96,7 @@ def as_labels(loaded: LoadedLog) -> tuple[Labels, Facts, CatalogNow]:
         slots=(SLOT,),
     )
     encoder = ContentEncoder(CONTENT_SIZE)
-    content = np.array([encoder.encode(element["features"], element["text"]) for element in loaded.elements])
+    content = np.array([encoder.encode(SLOT, element["features"], element["text"]) for element in loaded.elements])
     requests = RequestBatch(
         product=np.zeros(n, np.int64),
         device=position[loaded.context].astype(np.int64),

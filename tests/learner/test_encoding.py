@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from learner.encoding import ExampleEncoder
 from learner.parsing import ExampleParser
 from streams.contracts.examples import ExampleBatch
-from streams.contracts.features import FeatureLimits, FeatureSpec, GrowingFeatureSpec
+from streams.contracts.features import FeatureSpec
+from streams.contracts.growing import FeatureLimits, GrowingFeatureSpec
 from tests.builders import batch_of, shown
 
 CONTEXTS: list[dict[str, Any]] = [

@@ -14,7 +14,7 @@ from serving.policy import Choice, DecisionRequest, Policy, UniformPolicy
 from streams.contracts.catalog import Element, Product
 from streams.contracts.codec import encode_context
 from streams.contracts.examples import ExampleBatch
-from streams.contracts.features import FeatureLimits
+from streams.contracts.growing import FeatureLimits
 from streams.contracts.settings import LearnSettings
 from streams.contracts.snapshot import PolicySnapshot, unpack_tensors, verify
 from tests.builders import changed
@@ -296,8 +296,8 @@ def test_flood_of_names_is_counted_and_bounded() -> None:
     (batch,) = batches(1, 80)
     contexts = [encode_context({"who": f"user-{i}"}) for i in range(80)]
     report = learner.update(changed(batch, product_id=[f"flood-{i}" for i in range(80)], context=contexts))
-    assert report.skipped["unknown_product"] > 0
-    assert report.skipped["unknown_context"] > 0
+    assert report.skipped["unknown_product_full"] > 0
+    assert report.skipped["unknown_context_full"] > 0
     assert len(learner.features.freeze().products) == 3
     assert learner.reward_model.layout.context == 5
 
