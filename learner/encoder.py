@@ -95,7 +95,7 @@ def _rich_contents(encoder: ContentEncoder, elements: Iterable[Element]) -> dict
     for element in elements:
         if len(element.features) > encoder.size:
             features.setdefault(Kind(element.slot, len(element.features)), set()).add(element.features)
-        if element.text:
+        elif element.text and len(element.features) < encoder.size:
             texts.setdefault(Kind(element.slot, TEXT), set()).add(element.text)
     found = {kind: np.array(_evenly(sorted(contents))) for kind, contents in sorted(features.items())}
     if encoder.text_encoder is not None:

@@ -79,14 +79,17 @@ def test_fitted_reduction_takes_features_of_its_slot_and_length_only() -> None:
     assert encoder.encode("s", (1.0, 2.0), "").tolist() == [1.0, 2.0, 0.0, 0.0]
 
 
-def test_text_takes_the_numbers_that_reduced_features_leave_free() -> None:
-    encoder = ContentEncoder(
-        6, text_encoder=HashedText(32), reductions={WIDE: reduction(k=4), TEXTS: reduction(5, 32, 1)}
+def test_text_takes_the_numbers_that_features_leave_free_and_none_beside_reduced_ones() -> None:
+    reductions = {WIDE: reduction(k=4), TEXTS: reduction(5, 32, 1)}
+    encoder = ContentEncoder(6, text_encoder=HashedText(32), reductions=reductions)
+    alone = encoder.encode("s", (), "red shoes")
+    vector = HashedText(32).encode("red shoes")
+    assert alone[:5] == pytest.approx(
+        np.clip(reductions[TEXTS].matrix @ (vector - reductions[TEXTS].mean), -4, 4), abs=1e-5
     )
+    assert encoder.encode("s", (1.0, 2.0, 3.0), "red shoes").tolist() == [1.0, 2.0, 3.0, *alone[:3]]
     features = tuple(np.linspace(-0.1, 0.1, 20))
-    both, alone = encoder.encode("s", features, "red shoes"), encoder.encode("s", (), "red shoes")
-    assert both[:4].tolist() == encoder.encode("s", features, "")[:4].tolist()
-    assert both[4:].tolist() == alone[:2].tolist()
+    assert encoder.encode("s", features, "red shoes").tolist() == encoder.encode("s", features, "").tolist()
     assert not encoder.encode("s", (), " !! ").any()  # and not what the mean text is away from nothing
 
 
