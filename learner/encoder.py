@@ -130,7 +130,7 @@ def _components(content_mn: FloatArray, size: int, *, is_text: bool) -> Reductio
     axes_kn = axes_kn * np.sign(axes_kn[np.arange(k), np.abs(axes_kn).argmax(1)])[:, None]
     matrix_kn = axes_kn / np.sqrt(variance[:k])[:, None] / unit_n
     if is_text:
-        # Length 1 in the mean, like hashed texts: a text says less about an element than features do.
+        # Length 1 in the mean, like the hashed texts whose place they take.
         matrix_kn /= np.sqrt(k)
     return Reduction((center_n + mean_n * unit_n).astype(np.float32), matrix_kn.astype(np.float32))
 

@@ -98,7 +98,7 @@ class ContentEncoder:
     At most F features are taken as they are. More are reduced, by the reduction that was fitted to such contents of the
     slot, or else by a fixed random matrix with orthonormal rows, which keeps the variance of a number (Johnson and
     Lindenstrauss 1984). Text goes into the numbers that features leave free which are taken as they are: on top of them
-    it would blur what is exact, and beside reduced ones it would be numbers that tell little and cost clicks. It becomes
+    it would blur what is exact, and beside reduced ones its numbers would tell little and cost clicks. It becomes
     signed hashed counts of words and of character trigrams (Weinberger et al. 2009) of length 1, or what a text encoder
     says, once a reduction of that was fitted.
 

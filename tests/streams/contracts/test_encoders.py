@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streams.contracts.encoders import TEXT, ContentEncoder, HashedText, Kind, Reduction
+from streams.contracts.snapshot import TensorSpec, pack_tensors, unpack_tensors
 
 
 def test_short_features_are_taken_as_they_are_and_clipped() -> None:
@@ -116,6 +117,18 @@ def test_encoder_that_travels_as_tensors_is_the_same(sizes: dict[int, int], seed
     for n in (0, 3, *sizes):
         features = tuple(np.random.default_rng(seed + n).standard_normal(n))
         assert again.encode("s", features, "red shoes").tolist() == encoder.encode("s", features, "red shoes").tolist()
+
+
+@pytest.mark.parametrize("reductions", [{}, {WIDE: reduction(), Kind("title ü", 30): reduction(8, 30)}])
+def test_tensors_pass_through_the_bytes_of_a_snapshot(reductions: dict[Kind, Reduction]) -> None:
+    encoder = ContentEncoder(8, reductions=reductions)
+    expected = {
+        "kinds": TensorSpec("U8", ("bytes",)),
+        "mean": TensorSpec("F32", ("means",)),
+        "matrix": TensorSpec("F32", ("numbers",)),
+    }
+    blob = pack_tensors(encoder.tensors())
+    assert ContentEncoder.from_id(encoder.id, unpack_tensors(blob, expected)).id == encoder.id
 
 
 def test_id_tells_encoders_apart() -> None:
