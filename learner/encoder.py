@@ -36,8 +36,8 @@ MIN_CONTENTS = 16
 """Distinct contents of a kind below which its components would be chance."""
 MIN_VARIANCE = 0.02
 """Variance that a component must have, as a share of the first one's."""
-MAX_CONTENTS = 4_096
-"""Contents of a kind that are looked at, evenly over the catalog, so that a fit takes a few seconds at most."""
+MAX_CONTENTS = 1_024
+"""Contents of a kind that are looked at, evenly over all of them: embedding so many texts takes half a minute."""
 FAR = 5.0
 """Contents farther than so many times the median distance from the center are drawn in: one wild vector must not become
 a component."""
