@@ -36,8 +36,8 @@ MIN_CONTENTS = 16
 """Distinct contents of a kind below which its components would be chance."""
 MIN_VARIANCE = 0.02
 """Variance that a component must have, as a share of the first one's."""
-MAX_CONTENTS = 4_096
-"""Contents of a kind that are looked at, evenly over the catalog, so that a fit takes a few seconds at most."""
+MAX_CONTENTS = 1_024
+"""Contents of a kind that are looked at, evenly over all of them: embedding so many texts takes half a minute."""
 FAR = 5.0
 """Contents farther than so many times the median distance from the center are drawn in: one wild vector must not become
 a component."""
@@ -95,7 +95,7 @@ def _rich_contents(encoder: ContentEncoder, elements: Iterable[Element]) -> dict
     for element in elements:
         if len(element.features) > encoder.size:
             features.setdefault(Kind(element.slot, len(element.features)), set()).add(element.features)
-        if element.text:
+        elif element.text and len(element.features) < encoder.size:
             texts.setdefault(Kind(element.slot, TEXT), set()).add(element.text)
     found = {kind: np.array(_evenly(sorted(contents))) for kind, contents in sorted(features.items())}
     if encoder.text_encoder is not None:
@@ -130,7 +130,7 @@ def _components(content_mn: FloatArray, size: int, *, is_text: bool) -> Reductio
     axes_kn = axes_kn * np.sign(axes_kn[np.arange(k), np.abs(axes_kn).argmax(1)])[:, None]
     matrix_kn = axes_kn / np.sqrt(variance[:k])[:, None] / unit_n
     if is_text:
-        # Length 1 in the mean, like hashed texts: a text says less about an element than features do.
+        # Length 1 in the mean, like the hashed texts whose place they take.
         matrix_kn /= np.sqrt(k)
     return Reduction((center_n + mean_n * unit_n).astype(np.float32), matrix_kn.astype(np.float32))
 

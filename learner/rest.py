@@ -145,11 +145,12 @@ class DiagonalRest:
     def _resize(self, name: str, rows: int, width: int) -> None:
         old = self._tables[name]
         _, num_rows, num_columns = old.mean.shape
-        if (rows, width) == (num_rows, num_columns):
+        if rows <= num_rows and width == num_columns:
             return
         if rows > num_rows:
             # Room for half as many more, so that growing by one name at a time copies nothing most of the time.
             rows = max(rows, num_rows * 3 // 2)
+        rows = max(rows, num_rows)
         new = self._empty(name, rows, width)
         new.mean[:, :num_rows, :num_columns] = old.mean
         new.variance[:, :num_rows, :num_columns] = old.variance

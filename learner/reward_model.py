@@ -259,6 +259,11 @@ class RewardModel:
     ) -> tuple[Posterior, Tensor]:
         """Return the core's posterior after the batch and the whole logits (N, K) that it gives."""
         keep = [(1.0 - f) ** (len(x_ND) / 1000.0) for f in self.settings.memories]
+        if self.num_examples == 0:
+            # Far from the prior a first step would overshoot: begin at the click rate of the batch.
+            prior = torch.sigmoid(torch.tensor(self.settings.core.bias_mean, dtype=torch.float64))
+            rate = (weight_N @ label_N + prior) / (weight_N.sum() + 1.0)
+            logit_NK = torch.logit(rate).expand_as(logit_NK)
         own = slice(self._workers.rank, None, self._workers.size)
         for _ in range(MAX_PASSES if self.num_examples < self.settings.warm_examples else 1):
             before_NK = logit_NK

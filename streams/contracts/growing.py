@@ -39,7 +39,7 @@ class FeatureLimits:
     max_products: int = 512
     max_elements: int = 4096
     min_seen: int = 1
-    """How often a product, an element or a context value must be seen to get a row, unless a catalog holds it."""
+    """How often a name must be seen to get a row, unless a catalog holds it."""
     expire_after_ms: int = 7 * DAY_MS
     """Names that no catalog holds lose their rows when they were not seen for so much event time."""
 
@@ -80,7 +80,7 @@ class GrowingFeatureSpec:
         self.limits = limits = limits or FeatureLimits()
         self.encoder = encoder or ContentEncoder(limits.content_size)
         self.now_ms = 0
-        self._slots = Vocabulary[str](limits.max_slots)
+        self._slots = Vocabulary[str](limits.max_slots, min_seen=limits.min_seen)
         self._products = Vocabulary[str](limits.max_products, min_seen=limits.min_seen)
         self._elements = Vocabulary[tuple[str, str]](limits.max_elements, min_seen=limits.min_seen)
         self._columns = Vocabulary[tuple[str, str | bool | None]](limits.max_context_columns, min_seen=limits.min_seen)
@@ -99,9 +99,9 @@ class GrowingFeatureSpec:
             step = max(1, self.limits.expire_after_ms // 16)
             self.now_ms = max(self.now_ms, min(now_ms, self.now_ms + step))
 
-    def slot(self, name: str) -> int:
-        """Return the index of a slot, new ones included, or -1 if the vocabulary is full."""
-        return self._slots.row(name, self.now_ms)
+    def slot(self, name: str, *, seen: int = 1) -> int:
+        """Return the index of a slot seen `seen` times, or -1 if it is too rare or the vocabulary full."""
+        return self._slots.row(name, self.now_ms, seen=seen)
 
     def product(self, product_id: str, *, seen: int = 1) -> int:
         """Return the index of a product seen `seen` times, or -1 if it is too rare or the vocabulary full."""
@@ -109,7 +109,7 @@ class GrowingFeatureSpec:
 
     def element(self, slot: str, element_id: str, *, seen: int = 1) -> int:
         """Return the index of an element of a slot seen `seen` times, or -1 if it is too rare or a vocabulary full."""
-        if self.slot(slot) == UNKNOWN:
+        if self.slot(slot, seen=seen) == UNKNOWN:
             return UNKNOWN
         return self._elements.row((slot, element_id), self.now_ms, seen=seen)
 

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import learner.encoder as encoder_module
 from learner.encoder import MIN_CONTENTS, explained, extended
 from streams.contracts.catalog import Element
 from streams.contracts.encoders import TEXT, ContentEncoder, HashedText, Kind
@@ -112,6 +113,15 @@ def test_too_few_contents_are_not_fitted() -> None:
     # The same content twice says nothing new.
     assert extended(plain, elements(np.repeat(content[:-1], 2, axis=0))) is plain
     assert Kind("image", 64) in extended(plain, elements(content)).reductions
+
+
+def test_large_catalog_is_looked_at_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    content, _ = hidden_content(400)
+    fresh, hidden = hidden_content(200, seed=1)
+    monkeypatch.setattr(encoder_module, "MAX_CONTENTS", 50)
+    encoder = extended(ContentEncoder(8), elements(content))
+    assert encoder.id != extended(ContentEncoder(8), elements(content[:50])).id
+    assert r_squared(encoded(encoder, fresh), hidden) > 0.95
 
 
 @given(st.integers(0, 10**6))

@@ -88,6 +88,9 @@ class Reference:
         rest = np.array([[self.rest(k, term) for k in range(K)] for term in terms])
         logits = X @ self.theta.T + rest
         first = sigmoid(logits)
+        if self.seen == 0:
+            rate = (y.sum() + sigmoid(-3.3)) / (len(y) + 1)
+            logits = np.full_like(logits, np.log(rate / (1 - rate)))
         for _ in range(12 if self.seen < self.warm else 1):
             before = logits
             q = sigmoid(logits @ self.weight)
@@ -204,6 +207,18 @@ def test_growing_changes_no_prediction() -> None:
     torch.testing.assert_close(model.predict(wide), before, atol=1e-6, rtol=1e-5)
     model.learn(wide, torch.zeros(30), torch.ones(30))
     assert torch.isfinite(model.predict(wide)).all()
+
+
+def test_names_and_columns_that_come_one_by_one_find_room() -> None:
+    model = learned(2)
+    for number in range(1, 12):
+        names = {"products": PRODUCTS + number, "elements": ELEMENTS + number}
+        for columns in (CONTEXT + number - 1, CONTEXT + number):
+            model.grow(**SIZES | names | {"context": columns})
+    effects = model.effects(2, torch.Generator(), content_size=CONTENT, num_products=PRODUCTS + 11)
+    assert effects.product.shape == (PRODUCTS + 11, 1 + CONTEXT + 11)
+    assert effects.element.shape == effects.element_sd.shape == (ELEMENTS + 11, 1 + CONTEXT + 11)
+    assert effects.trait.shape == (ELEMENTS + 11, CONTENT)
 
 
 def test_names_that_are_gone_leave_nothing_to_those_that_take_their_rows() -> None:

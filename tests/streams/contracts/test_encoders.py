@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streams.contracts.encoders import TEXT, ContentEncoder, HashedText, Kind, Reduction
+from streams.contracts.snapshot import TensorSpec, pack_tensors, unpack_tensors
 
 
 def test_short_features_are_taken_as_they_are_and_clipped() -> None:
@@ -79,14 +80,17 @@ def test_fitted_reduction_takes_features_of_its_slot_and_length_only() -> None:
     assert encoder.encode("s", (1.0, 2.0), "").tolist() == [1.0, 2.0, 0.0, 0.0]
 
 
-def test_text_takes_the_numbers_that_reduced_features_leave_free() -> None:
-    encoder = ContentEncoder(
-        6, text_encoder=HashedText(32), reductions={WIDE: reduction(k=4), TEXTS: reduction(5, 32, 1)}
+def test_text_takes_the_numbers_that_features_leave_free_and_none_beside_reduced_ones() -> None:
+    reductions = {WIDE: reduction(k=4), TEXTS: reduction(5, 32, 1)}
+    encoder = ContentEncoder(6, text_encoder=HashedText(32), reductions=reductions)
+    alone = encoder.encode("s", (), "red shoes")
+    vector = HashedText(32).encode("red shoes")
+    assert alone[:5] == pytest.approx(
+        np.clip(reductions[TEXTS].matrix @ (vector - reductions[TEXTS].mean), -4, 4), abs=1e-5
     )
+    assert encoder.encode("s", (1.0, 2.0, 3.0), "red shoes").tolist() == [1.0, 2.0, 3.0, *alone[:3]]
     features = tuple(np.linspace(-0.1, 0.1, 20))
-    both, alone = encoder.encode("s", features, "red shoes"), encoder.encode("s", (), "red shoes")
-    assert both[:4].tolist() == encoder.encode("s", features, "")[:4].tolist()
-    assert both[4:].tolist() == alone[:2].tolist()
+    assert encoder.encode("s", features, "red shoes").tolist() == encoder.encode("s", features, "").tolist()
     assert not encoder.encode("s", (), " !! ").any()  # and not what the mean text is away from nothing
 
 
@@ -113,6 +117,18 @@ def test_encoder_that_travels_as_tensors_is_the_same(sizes: dict[int, int], seed
     for n in (0, 3, *sizes):
         features = tuple(np.random.default_rng(seed + n).standard_normal(n))
         assert again.encode("s", features, "red shoes").tolist() == encoder.encode("s", features, "red shoes").tolist()
+
+
+@pytest.mark.parametrize("reductions", [{}, {WIDE: reduction(), Kind("title ü", 30): reduction(8, 30)}])
+def test_tensors_pass_through_the_bytes_of_a_snapshot(reductions: dict[Kind, Reduction]) -> None:
+    encoder = ContentEncoder(8, reductions=reductions)
+    expected = {
+        "kinds": TensorSpec("U8", ("bytes",)),
+        "mean": TensorSpec("F32", ("means",)),
+        "matrix": TensorSpec("F32", ("numbers",)),
+    }
+    blob = pack_tensors(encoder.tensors())
+    assert ContentEncoder.from_id(encoder.id, unpack_tensors(blob, expected)).id == encoder.id
 
 
 def test_id_tells_encoders_apart() -> None:

@@ -90,13 +90,13 @@ def test_rare_names_wait_and_are_counted() -> None:
     features = GrowingFeatureSpec(FeatureLimits(min_seen=3))
     assert [features.product("p") for _ in range(3)] == [-1, -1, 0]
     assert features.product("q", seen=3) == 1
-    assert features.element("title", "e") == -1
+    assert [features.element("title", "e", seen=2) for _ in range(4)] == [-1, -1, 0, 0]
     features.context({"device": "ios", "hour": 1})
     features.numbers("hour", [1.0, 3.0])
     features.category("device", "ios", seen=2)
     spec = features.freeze()
     assert spec.context == (ContextColumn(field="hour", mean=2.0, sd=1.0), ContextColumn(field="device", value="ios"))
-    assert features.unknown == {"product_rare": 2, "element_rare": 1, "context_rare": 2}
+    assert features.unknown == {"product_rare": 2, "element_rare": 2, "slot_rare": 2, "context_rare": 2}
 
 
 def test_field_of_countless_values_leaves_room_for_the_others() -> None:
