@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -73,17 +74,23 @@ class RecentImpressions:
         self._kept.extend(map(RecentImpression._make, values))
 
     def state(self) -> dict[str, Any]:
-        """Return all of it as JSON-able values; what many share stands there once."""
-        sets: dict[CandidateSet, int] = {}
-        contexts: dict[int, tuple[int, Context]] = {}
-        shown = []
-        for each in self._kept:
-            number = sets.setdefault(each.candidates, len(sets))
-            context, _ = contexts.setdefault(id(each.context), (len(contexts), each.context))
-            shown.append([each.product_id, context, number, each.places, each.propensity, each.label])
+        """Return all of it as JSON-able values, what many share once; it follows from the values alone."""
+        sets: dict[tuple[Any, ...], int] = {}
+        contexts: dict[bytes, int] = {}
+        shown = [
+            [
+                each.product_id,
+                contexts.setdefault(msgspec.json.encode(each.context), len(contexts)),
+                sets.setdefault((each.candidates.slots, each.candidates.elements), len(sets)),
+                each.places[: len(each.candidates.slots)],
+                each.propensity,
+                each.label,
+            ]
+            for each in self._kept
+        ]
         return {
-            "sets": [each.candidates for each in sets],
-            "contexts": [context for _, context in contexts.values()],
+            "sets": [dict(zip(slots, map(list, elements), strict=True)) for slots, elements in sets],
+            "contexts": [msgspec.json.decode(context) for context in contexts],
             "shown": shown,
         }
 
