@@ -95,7 +95,7 @@ def measure(num_products: int, impressions: int) -> dict[str, Any]:
     small = Clock()
     for _ in range(SMALL_UPDATES):
         number = _update(learner, traffic, number, SMALL, small, with_snapshot=True)
-    _time_parts(traffic, range(first_number), size, clock)
+    _time_parts(traffic, first_number, number, size, clock)
 
     microseconds = {name: 1e6 * clock.processor_seconds(name) / size for name in PARTS[:-1]}
     both = 1e6 * clock.processor_seconds("decode", "update") / size
@@ -144,17 +144,18 @@ def _decode(values: Sequence[bytes]) -> ExampleBatch:
     return ExampleBatch.concat([decode_examples(value) for value in values])
 
 
-def _time_parts(traffic: Traffic, numbers: range, size: int, clock: Clock) -> None:
-    """Time what comes before the reward model by itself, on records that were learned before the clock started."""
+def _time_parts(traffic: Traffic, first_number: int, last_number: int, size: int, clock: Clock) -> None:
+    """Time what comes before the reward model by itself, again on all records, and from `first_number` on."""
     parser, intake, features = ExampleParser(), Intake(HORIZON_MS), GrowingFeatureSpec()
     encoder = ExampleEncoder(features)
     step = size // EXAMPLES_PER_RECORD
-    for first in numbers[::step]:
+    for first in range(0, last_number - step + 1, step):
+        timed = clock if first >= first_number else Clock()
         batch = _decode([traffic.record(number) for number in range(first, first + step)])
-        with clock.part("intake"):
+        with timed.part("intake"):
             parsed = parser.parse(batch)
             rows, _ = intake.admit(batch, faults(batch, parsed))
-        with clock.part("encode"):
+        with timed.part("encode"):
             indexed = encoder.observe(parsed, rows)
             spec = features.freeze()
             indexed.encode(spec, torch.zeros(len(spec.elements), spec.content_size))
