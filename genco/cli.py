@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.learn.command import add_parser as add_bench_learn
 from benchmarks.regret.command import add_parser as add_bench_regret
+from genco.credits import add_parser as add_credits
 from genco.learn_arguments import add_once
 from streams.contracts.settings import EX_CONFIG, ConfigurationError, MetricsSettings, load, variable_names
 from streams.contracts.topics import CLICKS, IMPRESSIONS
@@ -371,6 +372,7 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--json", type=Path, metavar="FILE", help="write the report here")
 
     _add_dead_letters(verbs)
+    add_credits(verbs)
 
     bench = verbs.add_parser("bench", help="benchmarks", description="Benchmarks.")
     benches = bench.add_subparsers(dest="bench", required=True, metavar="BENCH")

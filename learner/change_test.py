@@ -34,7 +34,7 @@ class ChangeSettings:
     deficit: float = 0.3
     """d: share of the creatives' effect that is lost in the change it looks for, in (0, 1]."""
     threshold: float = 6.0
-    """h, in nats; infinity: never. In quiet worlds 6 is a false alarm in some 500 batches of 1,000."""
+    """h, in nats; infinity: never. In quiet traffic 6 was passed once in 3,000 batches of 1,000."""
     widening: float = 0.5
     """Share of what is known of tastes that a change takes away, in [0, 1)."""
     warm_examples: int = 10_000

@@ -2,11 +2,13 @@
 
 A handler takes the bytes of a body and returns a response; one wrapper around all of them checks the token, reads the
 body within its limits, turns refusals into JSON with field and reason, and counts. No handler waits for anything: the
-request path touches neither Redis nor Kafka, so it runs on the event loop itself.
+request path touches neither Redis nor Kafka, so it runs on the event loop itself. Only what computes for long, such as
+explaining a card, runs beside it, one call at a time.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -21,8 +23,10 @@ from starlette.requests import ClientDisconnect
 
 from serving.auth import Authenticator, AuthError, Scope
 from serving.catalog_view import CatalogView
+from serving.credits_answer import PARAMETERS, answer
 from serving.decisions import Decider
 from serving.event_log import EventLog
+from serving.explanation import CardCredits
 from serving.feedback import check_clicks, read_token
 from serving.limits import BodyLimit
 from serving.messages import (
@@ -90,6 +94,10 @@ class Route:
     takes: Sequence[type] = ()
     gives: Sequence[type] = ()
     status: int = 200
+    parameters: Sequence[dict[str, Any]] = ()
+    """Of path and query, in OpenAPI's words."""
+    is_long: bool = False
+    """Computes for so long that it must not hold up the decisions: one call at a time, in a thread."""
 
 
 def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -159,6 +167,11 @@ def _policy(state: ServerState, request: Request, body: bytes) -> Response:
     )
 
 
+def _credits(state: ServerState, request: Request, body: bytes) -> Response:
+    query = request.query_params.multi_items()
+    return _json(answer(state.holder.current, state.catalog.catalog, request.path_params["product_id"], query))
+
+
 def _healthz(state: ServerState, request: Request, body: bytes) -> Response:
     return _json({"status": "alive"})
 
@@ -220,6 +233,16 @@ ROUTES: Final = (
         summary="What serves, since when, and what became of the events; ?swaps=N last swaps",
         gives=(PolicyStatus,),
     ),
+    Route(
+        method="GET",
+        path="/v1/credits/{product_id}",
+        scope="admin",
+        handler=_credits,
+        summary="Which candidate of a card earns what, for whom, how sure that is, and which pairs work together",
+        gives=(CardCredits,),
+        parameters=PARAMETERS,
+        is_long=True,
+    ),
     Route(method="GET", path="/healthz", scope="public", handler=_healthz, summary="The process is alive"),
     Route(
         method="GET",
@@ -263,7 +286,7 @@ def create_app(state: ServerState) -> FastAPI:
             summary=route.summary,
             name=route.path,
             response_model=None,
-            openapi_extra=operation(route.takes, route.gives, route.status, route.scope),
+            openapi_extra=operation(route.takes, route.gives, route.status, route.scope, route.parameters),
         )
     app.add_middleware(BodyLimit, limits={route.path: route.body_limit for route in ROUTES if route.body_limit})
     return app
@@ -277,6 +300,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 
 def _endpoint(state: ServerState, route: Route) -> Callable[[Request], Any]:
     handle = route.handler
+    turn = asyncio.Lock()
 
     async def endpoint(request: Request) -> Response:
         try:
@@ -285,7 +309,13 @@ def _endpoint(state: ServerState, route: Route) -> Callable[[Request], Any]:
             if route.body_limit:
                 _require_json(request)
                 body = await request.body()
-            response = handle(state, request, body)
+            if not route.is_long:
+                response = handle(state, request, body)
+            elif turn.locked():
+                response = _refusal(503, "another call of this kind is under way", [], {"Retry-After": "1"})
+            else:
+                async with turn:
+                    response = await asyncio.to_thread(handle, state, request, body)
         except InvalidBodyError as error:
             response = _refusal(error.status, "invalid request", error.faults)
         except AuthError as error:

@@ -15,7 +15,7 @@ which the first G stand in pairs, C context columns, A candidates, R pairs of el
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,7 @@ class Effects:
         # A last row of zeros answers index -1.
         self._content_EF = np.pad(tensors["element_content"] + tensors["trait"], ((0, 1), (0, 0)))
         self._element_EC = np.pad(tensors["element"], ((0, 1), (0, 0)))
+        self._context_sd_EC = np.pad(tensors["element_sd"][:, 1:], ((0, 1), (0, 0)))
         self._noise_LEF, self._own_LE = _noise(tensors, self.num_draws, scale, seed)
         self._own_LE += self._element_EC[:, 0]
         self._bias = float(tensors["mean.bias"][0])
@@ -74,6 +75,25 @@ class Effects:
         """Return the effects of elements with each context column, (A, C)."""
         rows: FloatArray = self._element_EC[index_A, 1:]
         return rows
+
+    def context_deviation(self, cards: Sequence[IntArray], context_C: FloatArray, seed: int) -> list[FloatArray]:
+        """Return full-width deviations of the elements' own effects with a context, (L, A) for each slot; mean: zeros.
+
+        They stand in no draw that is played, see above, but are a part of what is not known. Normal numbers belong to
+        elements and columns, so that what two contexts have in common deviates in common.
+
+        Args:
+            cards: (A,) indices of the candidates of each slot.
+            context_C: The context.
+            seed: Decides the normal numbers.
+        """
+        out = []
+        for t, index_A in enumerate(cards):
+            shape = self.num_draws, len(index_A), len(context_C)
+            normal_MAC = np.random.default_rng([seed, 1, t]).standard_normal(shape, dtype=np.float32)
+            deviation_MA = (normal_MAC * self._context_sd_EC[index_A]) @ context_C
+            out.append(np.pad(deviation_MA, ((0, 1), (0, 0))))
+        return out
 
     def pairs(self, index_A: IntArray, others_B: IntArray) -> FloatArray:
         """Return the effects of pairs of elements, (A, B); zeros where a pair has none."""

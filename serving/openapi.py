@@ -15,6 +15,7 @@ _REFUSALS: Final = {
     "400": "the body is not JSON",
     "401": "no token, or an unknown one",
     "403": "the token lacks the scope",
+    "404": "what the path names is not there",
     "408": "the body came too slowly",
     "413": "the body is too large",
     "415": "the body is not declared as JSON",
@@ -23,12 +24,22 @@ _REFUSALS: Final = {
 }
 
 
-def operation(takes: Sequence[type], gives: Sequence[type], status: int, scope: Scope) -> dict[str, Any]:
+def operation(
+    takes: Sequence[type],
+    gives: Sequence[type],
+    status: int,
+    scope: Scope,
+    parameters: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
     """Return what a route adds to its OpenAPI operation."""
     extra: dict[str, Any] = {"responses": {str(status): _content("success", gives)}, "x-scope": scope}
+    if parameters:
+        extra["parameters"] = list(parameters)
     if takes:
         extra["requestBody"] = {"required": True} | _content("", takes)
-    codes = [code for code in _REFUSALS if (takes or code in ("401", "403", "422", "503"))]
+    wanted = set(_REFUSALS) - {"404"} if takes else {"401", "403", "422", "503"}
+    wanted |= {"404"} if any(parameter["in"] == "path" for parameter in parameters) else set()
+    codes = [code for code in _REFUSALS if code in wanted]
     extra["responses"] |= {code: _content(_REFUSALS[code], [Refusal]) for code in codes}
     if scope != "public":
         extra["security"] = [{"bearer": []}]

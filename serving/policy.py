@@ -43,6 +43,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.credits import CardEffects, Credit, widened
 from serving.effects import Effects
 from serving.pointer import Pointer
 from serving.search import Ascent, Card, Deck, Shape
@@ -117,19 +118,6 @@ class Choice:
     """Whether the uniform share chose it."""
     expected_ctr: float | None
     """Click probability under the posterior mean, in (0, 1); None where no model decided."""
-
-
-@dataclass(frozen=True, slots=True)
-class Credit:
-    """An element's share of the creative part of the logit."""
-
-    element_id: str
-    credit: float
-    """In logits; the credits of a creative add up to its creative logit. Pair terms are shared half and half."""
-    uplift: float
-    """Credit minus its mean over the slot's candidates, the other slots being as they are."""
-    sd: float
-    """Posterior standard deviation of the credit, in logits."""
 
 
 class UniformPolicy:
@@ -283,19 +271,42 @@ class Policy:
         Raises:
             ValueError: If the creative does not fill each slot with one of its candidates.
         """
-        (solved,) = self._solve([request])
-        places = solved.card.places(creative)
-        out = {}
-        for t, share_LA in enumerate(self._shares(request, solved.card, places)):
-            credit_L = share_LA[:, places[t]]
-            name, ids = solved.card.names[t], solved.card.elements[t]
-            out[name] = Credit(
-                element_id=ids[places[t]],
-                credit=float(credit_L[-1]),
-                uplift=float(credit_L[-1] - share_LA[-1].mean()),
-                sd=float(credit_L[:-1].std()) / self.settings.thompson_scale,
-            )
-        return out
+        effects = self.card_effects(request, self.spec.context_row(request.context))
+        card = self._card_of(request)
+        return dict(zip(card.names, effects.credits(card.elements, card.places(creative)), strict=True))
+
+    def card_effects(
+        self, request: DecisionRequest, context_C: FloatArray, pair: Sequence[Sequence[FloatArray]] | None = None
+    ) -> CardEffects:
+        """Return the effects of a request's candidates, with posterior draws at full width.
+
+        Args:
+            request: Its context is not looked at.
+            context_C: The context as numbers; an average of contexts gives the average of the effects.
+            pair: Effects of the pairs, which no context changes, if they are known from an earlier call.
+
+        Raises:
+            ValueError: If the request has no slot, or a slot no or twice the same candidate.
+        """
+        scale = self.settings.thompson_scale
+        card = self._card_of(request)
+        with self._lock:
+            deck, (row,) = self._deal([card])
+            main = deck.main(np.array([row]), self._effects.context_weights(context_C[None]), context_C[None])
+            narrow = None if pair is not None else deck.pair_effects(row)
+        deviation = self._effects.context_deviation(card.index, context_C, self.settings.noise_seed)
+        wide = [widened(main_1LA[0], scale) + dev_LA for main_1LA, dev_LA in zip(main, deviation, strict=True)]
+        if narrow is not None:
+            pair = [[widened(pair_LAB, scale) for pair_LAB in pairs] for pairs in narrow]
+        return CardEffects(wide, pair or [])
+
+    def appeal(self, product_id: str, context_C: FloatArray) -> float:
+        """Return the logit of a product in a context, without any creative; unknown products have the average one."""
+        return self._effects.appeal(self.spec.product_index.get(product_id, -1), context_C)
+
+    def _card_of(self, request: DecisionRequest) -> Card:
+        with self._lock:
+            return self._card(_request_key(request)[0], request)
 
     def _shares(self, request: DecisionRequest, card: Card, places: Sequence[int]) -> list[FloatArray]:
         """Return the credits (L, A) of every candidate of each slot, the other slots filled with `places`."""

@@ -127,6 +127,20 @@ class Deck:
             out.append(share_LA + 0.5 * beside[self.spans[t]] if self.has_pairs else share_LA)
         return out
 
+    def pair_effects(self, row: int) -> list[list[FloatArray]]:
+        """Return what pairs of a card's candidates add together: [t][s] with s < t, (L, A of slot t, B of slot s)."""
+        out: list[list[FloatArray]] = []
+        for t, size in enumerate(self.sizes):
+            pull_LATF = self.pulls[t][row].transpose(1, 0, 2, 3)
+            beside_AB = self.pairs[t][row] if self.has_pairs else np.zeros((size, sum(self.sizes)), np.float32)
+            out.append(
+                [
+                    np.matmul(pull_LATF[:, :, s], self.content[s][row].transpose(0, 2, 1)) + beside_AB[:, self.spans[s]]
+                    for s in range(t)
+                ]
+            )
+        return out
+
 
 class Ascent:
     """Searches the best creatives of N requests under each of M draws."""

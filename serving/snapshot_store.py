@@ -162,20 +162,30 @@ class LastGood:
             OSError: If it cannot be read.
         """
         try:
-            with self.path.open("rb") as file:
-                raw = file.read(MAX_BLOB_BYTES + MAX_MANIFEST_BYTES)
+            return read_last_good(self.path, self._model_id, self._key)
         except FileNotFoundError:
             return None
-        header, newline, blob = raw.removeprefix(_MAGIC).partition(b"\n")
-        if not raw.startswith(_MAGIC) or not newline:
-            raise SnapshotError("format", f"{self.path} is no last good snapshot; delete it")
-        try:
-            parsed = msgspec.json.decode(header, type=_Header)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise SnapshotError("format", f"{self.path} has a bad header ({error}); delete it") from None
-        manifest = _parse_manifest(bytes(parsed.manifest))
-        _check(manifest, blob, self._key, self._model_id)
-        return Fetched(parsed.revision, manifest, blob)
+
+
+def read_last_good(path: Path, model_id: str | None, key: bytes) -> Fetched:
+    """Return the snapshot in a file that a server has kept; model None: whichever it is of.
+
+    Raises:
+        SnapshotError: If the file is not what was saved, or of another model.
+        OSError: If it cannot be read.
+    """
+    with path.open("rb") as file:
+        raw = file.read(MAX_BLOB_BYTES + MAX_MANIFEST_BYTES)
+    header, newline, blob = raw.removeprefix(_MAGIC).partition(b"\n")
+    if not raw.startswith(_MAGIC) or not newline:
+        raise SnapshotError("format", f"{path} is no last good snapshot; delete it")
+    try:
+        parsed = msgspec.json.decode(header, type=_Header)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise SnapshotError("format", f"{path} has a bad header ({error}); delete it") from None
+    manifest = _parse_manifest(bytes(parsed.manifest))
+    _check(manifest, blob, key, manifest.model_id if model_id is None else model_id)
+    return Fetched(parsed.revision, manifest, blob)
 
 
 class _Header(msgspec.Struct):
