@@ -293,22 +293,32 @@ class OnlineLearner:
             return self._metrics
         rng = np.random.default_rng([self.settings.seed, self.num_updates])
         torch_rng = torch.Generator().manual_seed(_seed(self.settings.seed, "generator", self.num_updates))
-        policy, effects = self._policy(""), self._judges()
+        effects = self._judges()
         published = dict(self.generator.weights) if self.num_updates > 1 else None
         recent = self._recent
         newest = max(1, min(num_new, len(recent)))
+        shape = num_steps, settings.cards
+        is_new = rng.random(shape) < self.settings.newest_share
+        back = np.where(is_new, rng.integers(newest, size=shape), rng.integers(len(recent), size=shape))
+        drawn = [[recent[-1 - i] for i in row] for row in back.tolist()]
+        # All at once, so that what is drawn twice is searched once.
+        winners = self._few_draws().winners([each.request for row in drawn for each in row])
         report: GeneratorReport | None = None
-        for _ in range(num_steps):
-            is_new = rng.random(settings.cards) < self.settings.newest_share
-            back = np.where(
-                is_new, rng.integers(newest, size=settings.cards), rng.integers(len(recent), size=settings.cards)
-            )
-            drawn = [recent[-1 - int(i)] for i in back]
-            winners = policy.winners([each.request for each in drawn])
-            won = [w[rng.integers(len(w), size=settings.winners)] for w in winners]
-            cards, winner_BWS = self._cards(drawn, won)
+        for step, cards_drawn in enumerate(drawn):
+            won = winners[step * settings.cards : (step + 1) * settings.cards]
+            cards, winner_BWS = self._cards(cards_drawn, won)
             report = train_step(self.generator, cards, effects, winner_BWS, published, torch_rng)
         return {f"generator_{name}": value for name, value in vars(report).items()} if report else {}
+
+    def _few_draws(self) -> Policy:
+        """Return a policy of about as many draws as winners are imitated: a search costs as much for each draw.
+
+        Draws are stratified over the memories in their order, so every so many-th of them are, too.
+        """
+        every = max(1, self.settings.num_draws // self.settings.generator.winners)
+        first = self.num_updates % every
+        few = {name: w[first::every] if name.startswith("draws.") else w for name, w in self._tensors().items()}
+        return Policy(self._spec, few, self._policy_settings())
 
     def _judges(self) -> dict[str, Tensor]:
         """Return the effects that judge the generator's creatives, see `learner.generator_training.rewards`."""
@@ -321,7 +331,7 @@ class OnlineLearner:
         widest = max(int(each.candidates.size_T.max()) for each in drawn)
         candidate = np.full((len(drawn), num_slots, widest), -1, np.int64)
         mask = np.zeros(candidate.shape, np.bool_)
-        winner = np.zeros((len(drawn), self.settings.generator.winners, num_slots), np.int64)
+        winner = np.zeros((len(drawn), len(winners[0]), num_slots), np.int64)
         for b, each in enumerate(drawn):
             index, size_T = self._encoder.find(each.candidates, spec), each.candidates.size_T
             for t in np.flatnonzero(index.slot >= 0):

@@ -74,26 +74,23 @@ class RecentImpressions:
         self._kept.extend(map(RecentImpression._make, values))
 
     def state(self) -> dict[str, Any]:
-        """Return all of it as JSON-able values; what many share stands there once."""
-        sets: dict[bytes, tuple[int, dict[str, tuple[str, ...]]]] = {}
-        contexts: dict[bytes, tuple[int, Context]] = {}
-        keys: dict[int, bytes] = {}
-        shown = []
-
-        def key(part: object, value: object) -> bytes:
-            # By value, for a learner that was restored holds other objects; encoded once for each object.
-            if id(part) not in keys:
-                keys[id(part)] = msgspec.json.encode(value)
-            return keys[id(part)]
-
-        for each in self._kept:
-            candidates = each.candidates.candidates
-            number, _ = sets.setdefault(key(each.candidates, candidates), (len(sets), candidates))
-            context, _ = contexts.setdefault(key(each.context, each.context), (len(contexts), each.context))
-            shown.append([each.product_id, context, number, each.places, each.propensity, each.label])
+        """Return all of it as JSON-able values, what many share once; it follows from the values alone."""
+        sets: dict[tuple[Any, ...], int] = {}
+        contexts: dict[bytes, int] = {}
+        shown = [
+            [
+                each.product_id,
+                contexts.setdefault(msgspec.json.encode(each.context), len(contexts)),
+                sets.setdefault((each.candidates.slots, each.candidates.elements), len(sets)),
+                each.places[: len(each.candidates.slots)],
+                each.propensity,
+                each.label,
+            ]
+            for each in self._kept
+        ]
         return {
-            "sets": [candidates for _, candidates in sets.values()],
-            "contexts": [context for _, context in contexts.values()],
+            "sets": [dict(zip(slots, map(list, elements), strict=True)) for slots, elements in sets],
+            "contexts": [msgspec.json.decode(context) for context in contexts],
             "shown": shown,
         }
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Final
 
 PRODUCTS: Final = 30
+OF_EACH: Final = ("impressions_per_second", "impressions_per_processor_second", "update_1000_ms", "microseconds")
+"""Figures of ours that are told for each number of products."""
 ONE_THREAD: Final = dict.fromkeys(
     ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1"
 )
@@ -68,11 +70,8 @@ def compare(impressions: int, products: Sequence[int], say: Callable[[str], None
         by_products[str(count)] = _measured("ours", count, impressions)
     return {
         **ours,
-        "vw_slates_impressions_per_second": slates["impressions_per_second"],
-        "by_products": {
-            count: {name: each[name] for name in ("impressions_per_second", "update_1000_ms", "microseconds")}
-            for count, each in by_products.items()
-        },
+        **{f"vw_slates_{name}": value for name, value in slates.items()},
+        "by_products": {count: {name: each[name] for name in OF_EACH} for count, each in by_products.items()},
         "impressions": impressions,
     }
 

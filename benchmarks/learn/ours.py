@@ -33,24 +33,29 @@ SMALL: Final = 1_000
 """Impressions of the update that is timed up to its snapshot."""
 SMALL_UPDATES: Final = 10
 PARTS: Final = ("decode", "intake", "encode", "reward_model", "generator")
+"""Microseconds of processor time an impression are told for each; the last one is what remains of the update."""
 
 
 class Clock:
-    """How long each part of each update took, in seconds."""
+    """How long each part of each update took: by the clock, and in processor time, which others disturb less."""
 
     def __init__(self) -> None:
-        self._seconds: defaultdict[str, list[float]] = defaultdict(list)
+        self._seconds: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Time a part of an update."""
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         yield
-        self._seconds[name].append(time.perf_counter() - started)
+        self._seconds[name].append((time.perf_counter() - started, time.process_time() - used))
 
-    def median(self, name: str) -> float:
-        """Return how long a part takes."""
-        return float(np.median(self._seconds[name]))
+    def seconds(self, *names: str) -> float:
+        """Return how long parts take together, the median of each."""
+        return float(sum(np.median([wall for wall, _ in self._seconds[name]]) for name in names))
+
+    def processor_seconds(self, *names: str) -> float:
+        """Return the same in processor time."""
+        return float(sum(np.median([used for _, used in self._seconds[name]]) for name in names))
 
 
 class TimedRewardModel(RewardModel):
@@ -87,21 +92,21 @@ def measure(num_products: int, impressions: int) -> dict[str, Any]:
     while (number - first_number) * EXAMPLES_PER_RECORD < impressions:
         number = _update(learner, traffic, number, size, clock)
         resident.append(process.memory_info().rss)
-    snapshots = Clock()
+    small = Clock()
     for _ in range(SMALL_UPDATES):
-        number = _update(learner, traffic, number, SMALL, snapshots, with_snapshot=True)
-    _time_parts(traffic, range(first_number), size, clock)
+        number = _update(learner, traffic, number, SMALL, small, with_snapshot=True)
+    _time_parts(traffic, first_number, number, size, clock)
 
-    all_of_it = clock.median("decode") + clock.median("update")
-    seconds = {name: clock.median(name) for name in ("decode", "intake", "encode", "reward_model")}
-    seconds["generator"] = all_of_it - sum(seconds.values())
+    microseconds = {name: 1e6 * clock.processor_seconds(name) / size for name in PARTS[:-1]}
+    both = 1e6 * clock.processor_seconds("decode", "update") / size
     metrics = learner.metrics()
     return {
-        "impressions_per_second": size / all_of_it,
-        "update_1000_ms": 1e3
-        * (snapshots.median("decode") + snapshots.median("update") + snapshots.median("snapshot")),
-        "snapshot_ms": 1e3 * snapshots.median("snapshot"),
-        "microseconds": {part: 1e6 * seconds[part] / size for part in PARTS},
+        "impressions_per_second": size / clock.seconds("decode", "update"),
+        "impressions_per_processor_second": size / clock.processor_seconds("decode", "update"),
+        "update_1000_ms": 1e3 * small.seconds("decode", "update", "snapshot"),
+        "update_1000_processor_ms": 1e3 * small.processor_seconds("decode", "update", "snapshot"),
+        "snapshot_processor_ms": 1e3 * small.processor_seconds("snapshot"),
+        "microseconds": microseconds | {PARTS[-1]: both - sum(microseconds.values())},
         "coefficients": int(metrics["num_coefficients"]),
         "resident_mb": [round(resident[at] / 2**20, 1) for at in _thirds(len(resident))],
         "bytes_per_decision": metrics["remembered_bytes"] / metrics["remembered_decisions"],
@@ -139,17 +144,18 @@ def _decode(values: Sequence[bytes]) -> ExampleBatch:
     return ExampleBatch.concat([decode_examples(value) for value in values])
 
 
-def _time_parts(traffic: Traffic, numbers: range, size: int, clock: Clock) -> None:
-    """Time what comes before the reward model by itself, on records that were learned before the clock started."""
+def _time_parts(traffic: Traffic, first_number: int, last_number: int, size: int, clock: Clock) -> None:
+    """Time what comes before the reward model by itself, again on all records, and from `first_number` on."""
     parser, intake, features = ExampleParser(), Intake(HORIZON_MS), GrowingFeatureSpec()
     encoder = ExampleEncoder(features)
     step = size // EXAMPLES_PER_RECORD
-    for first in numbers[::step]:
+    for first in range(0, last_number - step + 1, step):
+        timed = clock if first >= first_number else Clock()
         batch = _decode([traffic.record(number) for number in range(first, first + step)])
-        with clock.part("intake"):
+        with timed.part("intake"):
             parsed = parser.parse(batch)
             rows, _ = intake.admit(batch, faults(batch, parsed))
-        with clock.part("encode"):
+        with timed.part("encode"):
             indexed = encoder.observe(parsed, rows)
             spec = features.freeze()
             indexed.encode(spec, torch.zeros(len(spec.elements), spec.content_size))

@@ -66,6 +66,21 @@ def test_only_the_newest_are_kept() -> None:
         assert each[-1].context["hour"] == 0
 
 
+def test_state_is_the_same_for_what_was_restored_and_then_went_on() -> None:
+    """After a restart the same values are other objects."""
+    batch = examples(CARDS * 2)
+    one, two = RecentImpressions(7), RecentImpressions(7)
+    one_parser, two_parser = ExampleParser(), ExampleParser()
+    for first in (0, 4):
+        rows = np.arange(first, first + 4)
+        one.add(batch, one_parser.parse(batch), rows)
+        two.add(batch, two_parser.parse(batch), rows)
+        two = restored(two, 7)
+        two_parser = ExampleParser()
+    assert one.state() == two.state()
+    assert json.dumps(one.state()) == json.dumps(two.state())
+
+
 def test_shared_candidates_are_written_once() -> None:
     wide = {f"slot{s}": [f"element-{s}-{e}" for e in range(50)] for s in range(8)}
     state = recent_of([wide] * 300, 300).state()
