@@ -53,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _extra(package: str) -> str:
     """Return how to install what is missing."""
-    extras = {"fastapi": "serving", "uvicorn": "serving", "torch": "learner"}
+    extras = {"fastapi": "serving", "uvicorn": "serving", "torch": "learner", "matplotlib": "plot"}
     extras |= dict.fromkeys(("faust", "aiokafka", "fsspec"), "streams")
-    extras |= dict.fromkeys(("matplotlib", "numba", "psutil", "vowpalwabbit"), "bench")
+    extras |= dict.fromkeys(("numba", "psutil", "vowpalwabbit"), "bench")
     return f"install it with the extra {extras.get(package, 'local')}: pip install '.[{extras.get(package, 'local')}]'"
 
 
