@@ -21,7 +21,9 @@ from serving.credits import deviation, half_width
 from serving.explain import Question, explain
 from serving.explanation import Explanation, SlotCredits
 from serving.policy import DecisionRequest, Policy, PolicySettings
-from streams.contracts.features import FeatureLimits, FeatureSpec, GrowingFeatureSpec
+from streams.contracts.encoders import ContentEncoder
+from streams.contracts.features import FeatureSpec
+from streams.contracts.growing import FeatureLimits, GrowingFeatureSpec
 from streams.contracts.snapshot import pack_pairs
 
 SLOTS, ELEMENTS, PRODUCTS, CONTENT, DRAWS = 3, 8, 4, 4, 32
@@ -112,6 +114,7 @@ def learned(world: World, seed: int) -> Policy:
     tensors |= {n: getattr(effects, n) for n in ("product", "element", "element_sd", "trait", "trait_root", "pair")}
     tensors["element_content"] = world.z.reshape(-1, CONTENT).astype(np.float32)
     tensors["pairs"] = pack_pairs(effects.pairs)
+    tensors |= {f"encoder.{n}": array for n, array in ContentEncoder(CONTENT).tensors().items()}
     settings = PolicySettings(epsilon=1.0, thompson_scale=model.settings.thompson_scale, noise_seed=seed)
     return Policy(spec_of(), tensors, settings, "sha")
 
@@ -190,8 +193,8 @@ def test_intervals_hold_the_planted_effects_as_often_as_they_say(
     """Over 80 worlds 96 % on the whole and 94 % by device, so they are a little wide; these 12 give .94 and .92.
 
     The variances of an element's trait, of its own effect and of its effects with the context are added as if they were
-    independent, but it is the sum of these that clicks tell about. Without traits it was 94 and 91 % (40 worlds), without
-    effects with the context too 92 and 85 %, in a world that has them.
+    independent, but it is the sum of these that clicks tell about. Without traits it was 94 and 91 % (40 worlds),
+    without effects with the context too 92 and 85 %, in a world that has them.
     """
     assert 0.86 <= compared(slots()).holds.mean() <= 0.98
 
