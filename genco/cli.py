@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.search.command import add_parser as add_bench_search
 from streams.contracts.settings import EX_CONFIG, ConfigurationError, MetricsSettings, load, variable_names
 from streams.contracts.topics import CLICKS, IMPRESSIONS
 from streams.telemetry import configure_logging
@@ -372,6 +373,7 @@ def _parser() -> argparse.ArgumentParser:
         "--peers", action=argparse.BooleanOptionalAction, default=True, help="run the peers too (default)"
     )
     join.set_defaults(command=_bench_join)
+    add_bench_search(benches)
     return parser
 
 

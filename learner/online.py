@@ -270,7 +270,7 @@ class OnlineLearner:
             return {}
         rng = np.random.default_rng([self.settings.seed, self.num_updates])
         torch_rng = torch.Generator().manual_seed(_seed(self.settings.seed, "generator", self.num_updates))
-        policy, draws = self._policy(""), self._effects_now()["draws"]
+        policy, draws = self.policy(""), self._effects_now()["draws"]
         published = dict(self.generator.weights) if self.num_updates > 1 else None
         recent = list(self._recent)
         newest = max(1, min(num_new, len(recent)))
@@ -332,7 +332,8 @@ class OnlineLearner:
         scale = self.settings.reward_model.thompson_scale
         return PolicySettings(epsilon=self.settings.epsilon, thompson_scale=scale, proposals=self.settings.proposals)
 
-    def _policy(self, identity: str) -> Policy:
+    def policy(self, identity: str) -> Policy:
+        """Return the policy as it is now; `identity` seeds its proposals."""
         return Policy(self._spec, self._tensors(), self._policy_settings(), identity)
 
     def snapshot(

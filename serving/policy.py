@@ -41,7 +41,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.pointer import Pointer
-from serving.search import Ascent, Card, Deck, Shape
+from serving.search import Card, Deck, Problem, Shape
 from streams.contracts.catalog import Element
 from streams.contracts.features import ContentEncoder, ContextValue, FeatureSpec
 from streams.contracts.snapshot import SnapshotError, SnapshotManifest, unpack_tensors
@@ -190,7 +190,7 @@ class Policy:
         self._bias = float(tensors["mean.bias"])
         self._product_P = np.append(tensors["mean.product"], np.float32(0))
         self._context_C = tensors["mean.context"]
-        self._pointer = Pointer(
+        self.pointer = Pointer(
             {n.removeprefix("generator."): w for n, w in tensors.items() if n.startswith("generator.")}
         )
         self._encoder = ContentEncoder.from_id(spec.encoder)
@@ -373,7 +373,7 @@ class Policy:
         if deck is None:
             while len(self._decks) >= MAX_DECKS:
                 self._decks.popitem(last=False)
-            deck = Deck(card.shape, self.num_draws + 1, self.spec.content_size, self._pointer.width)
+            deck = Deck(card.shape, self.num_draws + 1, self.spec.content_size, self.pointer.width)
             self._decks[card.shape] = deck
         return deck
 
@@ -399,7 +399,7 @@ class Policy:
         for t, slot in enumerate(card.slots):
             content_AF, index_A = card.content[t], card.index[t]
             deck.content[t][row] = content_AF
-            deck.keys[t][row] = self._pointer.keys(content_AF, index_A)
+            deck.keys[t][row] = self.pointer.keys(content_AF, index_A)
             base_LA, pull_ALTF = deck.base[t][row], deck.pulls[t][row]
             if slot < 0:
                 base_LA[:] = 0.0
@@ -421,21 +421,37 @@ class Policy:
         weights_NLSF: FloatArray = np.matmul(flat, context_NC[:, :, None])
         return weights_NLSF.reshape(len(context_NC), num_draws, num_slots, size)
 
+    def problem(self, request: DecisionRequest) -> Problem:
+        """Return what a search of one request works on: for benchmarks of searches."""
+        with self._lock:
+            card_key, _ = _request_key(request)
+            return self._problem([request], [self._card(card_key, request)])
+
+    def _problem(self, requests: Sequence[DecisionRequest], cards: Sequence[Card]) -> Problem:
+        deck, rows = self._deal(cards)
+        rows_N = np.array(rows)
+        context_NC = self.spec.context_matrix([request.context for request in requests])
+        product_N = np.array([self.spec.product_index.get(request.product_id, -1) for request in requests])
+        return Problem(deck, rows_N, deck.main(rows_N, self._context_weights(context_NC)), product_N, context_NC)
+
     def _search(self, items: Sequence[tuple[bytes, tuple[DecisionRequest, Card]]]) -> dict[bytes, _Solved]:
         """Find e^(m) of every draw for requests of one shape."""
         cards = [card for _, (_, card) in items]
-        deck, rows = self._deal(cards)
-        rows_N = np.array(rows)
-        context_NC = self.spec.context_matrix([request.context for _, (request, _) in items])
-        product_N = np.array([self.spec.product_index.get(request.product_id, -1) for _, (request, _) in items])
-        main = deck.main(rows_N, self._context_weights(context_NC))
+        problem = self._problem([request for _, (request, _) in items], cards)
+        deck, rows_N, main, product_N, context_NC = (
+            problem.deck,
+            problem.rows,
+            problem.main,
+            problem.product,
+            problem.context,
+        )
         draws = [np.ascontiguousarray(main_NLA[:, :-1]) for main_NLA in main]
-        ascent = Ascent(deck, rows_N, draws)
+        ascent = problem.on_draws()
         starts = [np.stack([main_NMA.argmax(-1) for main_NMA in draws], -1)]
         if self.settings.proposals:
             uniform_NRS = np.stack([self._proposal_numbers(key, len(deck.slots)) for key, _ in items])
             keys = [keys_KAd[rows_N] for keys_KAd in deck.keys]
-            proposed_NRT = self._pointer.propose(deck.slots, keys, product_N, context_NC, uniform_NRS)
+            proposed_NRT = self.pointer.propose(deck.slots, keys, product_N, context_NC, uniform_NRS)
             starts.append(
                 ascent.best(
                     np.broadcast_to(proposed_NRT[:, None], (len(items), self.num_draws, *proposed_NRT.shape[1:]))
@@ -448,7 +464,7 @@ class Policy:
                 card,
                 winners_NMT[n],
                 [main_NLA[n, -1] for main_NLA in main],
-                deck.mean_pulls(rows[n]),
+                deck.mean_pulls(int(rows_N[n])),
                 float(appeal_N[n]),
             )
             for n, (key, (_, card)) in enumerate(items)

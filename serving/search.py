@@ -97,11 +97,42 @@ class Deck:
         return [pulls[row, :, -1].copy() for pulls in self.pulls]
 
 
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """N requests of one shape, ready to be searched."""
+
+    deck: Deck
+    rows: IntArray
+    """(N,) row of each request's card in the deck."""
+    main: list[FloatArray]
+    """(N, L, A) main effects of each slot's candidates."""
+    product: IntArray
+    """(N,) vocabulary index of the product, -1 if the snapshot lacks it."""
+    context: FloatArray
+    """(N, C)"""
+
+    @property
+    def num_draws(self) -> int:
+        """M."""
+        return self.main[0].shape[1] - 1
+
+    def on_draws(self) -> Ascent:
+        """Return the search under each of the M draws."""
+        return Ascent(self.deck, self.rows, [np.ascontiguousarray(main_NLA[:, :-1]) for main_NLA in self.main])
+
+    def on_mean(self) -> Ascent:
+        """Return the search under the posterior mean alone, as if it were the only draw."""
+        main = [np.ascontiguousarray(main_NLA[:, -1:]) for main_NLA in self.main]
+        return Ascent(self.deck, self.rows, main, first_draw=self.num_draws)
+
+
 class Ascent:
     """Searches the best creatives of N requests under each of M draws."""
 
-    def __init__(self, deck: Deck, rows_N: IntArray, main: Sequence[FloatArray]) -> None:
-        """Take the prepared cards and their main effects (N, M, A) in their contexts."""
+    def __init__(self, deck: Deck, rows_N: IntArray, main: Sequence[FloatArray], first_draw: int = 0) -> None:
+        """Take the prepared cards and their main effects (N, M, A) in their contexts, M draws from the first one on."""
+        self.num_scores = 0
+        """Scores of single elements that were computed so far."""
         self._main = main
         self._content = [content_KAF[rows_N] for content_KAF in deck.content]
         num_requests, num_draws = main[0].shape[:2]
@@ -113,7 +144,9 @@ class Ascent:
         self._flat_main = [m.reshape(-1) for m in main]
         draw_M, request_N = np.arange(num_draws), np.arange(num_requests)
         self._stride = all_draws
-        self._first_pull = [(rows_N[:, None] * p.shape[1] * all_draws + draw_M)[:, :, None] for p in deck.pulls]
+        self._first_pull = [
+            (rows_N[:, None] * p.shape[1] * all_draws + first_draw + draw_M)[:, :, None] for p in deck.pulls
+        ]
         self._first_content = [(request_N * c.shape[1])[:, None, None] for c in self._content]
         self._first_main = [((request_N[:, None] * num_draws + draw_M) * m.shape[2])[:, :, None] for m in main]
 
@@ -133,12 +166,17 @@ class Ascent:
         value += 0.5 * content_NMRTF.reshape(*value.shape, -1).sum(-1)
         return value
 
-    def best(self, chosen_NMRT: IntArray) -> IntArray:
-        """Return the best of R creatives on each draw, (N, M, T)."""
+    def values(self, chosen_NMRT: IntArray) -> FloatArray:
+        """Return the creative logits of R creatives on each draw, (N, M, R)."""
         total_NMRTF = self._pull(0, chosen_NMRT[..., 0])
         for t in range(1, self._num_slots):
             total_NMRTF += self._pull(t, chosen_NMRT[..., t])
-        return _best(chosen_NMRT, self._values(chosen_NMRT, total_NMRTF))
+        self.num_scores += chosen_NMRT.size
+        return self._values(chosen_NMRT, total_NMRTF)
+
+    def best(self, chosen_NMRT: IntArray) -> IntArray:
+        """Return the best of R creatives on each draw, (N, M, T)."""
+        return _best(chosen_NMRT, self.values(chosen_NMRT))
 
     def climb(self, start_NMRT: IntArray, max_sweeps: int) -> IntArray:
         """Improve R starts, slot by slot, until nothing moves; return the best end on each draw, (N, M, T)."""
@@ -152,6 +190,7 @@ class Ascent:
             weights_NKF = total_NMRTF[:, :, :, t].reshape(num_requests, num_draws * num_starts, self._size)
             value = np.matmul(weights_NKF, self._content[t].transpose(0, 2, 1))
             value = value.reshape(num_requests, num_draws, num_starts, -1) + self._main[t][:, :, None]
+            self.num_scores += value.size
             best_NMR = value.argmax(-1)
             # A request that has come to rest adds exact zeros while others in the batch still move.
             if (best_NMR == chosen_NMRT[..., t]).all():
