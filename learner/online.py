@@ -25,6 +25,7 @@ from torch import Tensor
 from learner.design import Layout, Rows
 from learner.gate import GateSettings, Logged, Validation, judge, norms, probe
 from learner.generator import Cards, Generator, GeneratorSettings, padded
+from learner.generator_rewards import Judge
 from learner.generator_training import GeneratorReport, train_step
 from learner.intake import Intake
 from learner.reward_model import RewardModel, RewardModelSettings
@@ -48,7 +49,7 @@ class LearnerSettings:
     """M: posterior draws in a snapshot."""
     epsilon: float = 0.01
     """Share of the traffic that stays uniform."""
-    proposals: int = 4
+    proposals: int = 32
     """Creatives that the generator proposes for a decision."""
     horizon_ms: int = 3_600_000
     """Decisions are remembered against duplicates for this much event time."""
@@ -270,7 +271,7 @@ class OnlineLearner:
             return {}
         rng = np.random.default_rng([self.settings.seed, self.num_updates])
         torch_rng = torch.Generator().manual_seed(_seed(self.settings.seed, "generator", self.num_updates))
-        policy, draws = self.policy(""), self._effects_now()["draws"]
+        judge = Judge(self._effects_now()["draws"])
         published = dict(self.generator.weights) if self.num_updates > 1 else None
         recent = list(self._recent)
         newest = max(1, min(num_new, len(recent)))
@@ -280,26 +281,22 @@ class OnlineLearner:
             back = np.where(
                 is_new, rng.integers(newest, size=settings.cards), rng.integers(len(recent), size=settings.cards)
             )
-            requests = [recent[-1 - int(i)].request for i in back]
-            won = [w[rng.integers(len(w), size=settings.winners)] for w in policy.winners(requests)]
-            cards, winner_BWS = self._cards(requests, won)
-            report = train_step(self.generator, cards, draws, winner_BWS, published, torch_rng)
+            cards = self._cards([recent[-1 - int(i)].request for i in back])
+            report = train_step(self.generator, cards, judge, published, torch_rng)
         return {f"generator_{name}": value for name, value in vars(report).items()} if report else {}
 
-    def _cards(self, requests: Sequence[DecisionRequest], winners: Sequence[NDArray[np.int64]]) -> tuple[Cards, Tensor]:
-        """Return requests as numbers, and their winners in the order of the vocabulary's slots."""
+    def _cards(self, requests: Sequence[DecisionRequest]) -> Cards:
+        """Return requests as numbers."""
         spec, num_slots = self._spec, len(self._spec.slots)
         widest = max(len(ids) for request in requests for ids in request.candidates.values())
         candidate = np.full((len(requests), num_slots, widest), -1, np.int64)
         mask = np.zeros(candidate.shape, np.bool_)
-        winner = np.zeros((len(requests), self.settings.generator.winners, num_slots), np.int64)
         for b, request in enumerate(requests):
-            for t, (name, ids) in enumerate(request.candidates.items()):
+            for name, ids in request.candidates.items():
                 slot = spec.slot_index.get(name, -1)
                 if slot >= 0:
                     candidate[b, slot, : len(ids)] = [spec.element_index.get((slot, e), -1) for e in ids]
                     mask[b, slot, : len(ids)] = True
-                    winner[b, :, slot] = winners[b][:, t]
         content_EF = padded(self._content_EF, (len(self._content_EF) + 1, spec.content_size))
         parts = (
             torch.tensor([spec.product_index.get(request.product_id, -1) for request in requests]),
@@ -308,7 +305,7 @@ class OnlineLearner:
             torch.from_numpy(mask),
             content_EF[torch.from_numpy(candidate)],
         )
-        return Cards(*(part.to(self.device) for part in parts)), torch.from_numpy(winner).to(self.device)
+        return Cards(*(part.to(self.device) for part in parts))
 
     # -- snapshots ----------------------------------------------------------------------------------------------------
 
@@ -330,7 +327,12 @@ class OnlineLearner:
 
     def _policy_settings(self) -> PolicySettings:
         scale = self.settings.reward_model.thompson_scale
-        return PolicySettings(epsilon=self.settings.epsilon, thompson_scale=scale, proposals=self.settings.proposals)
+        return PolicySettings(
+            epsilon=self.settings.epsilon,
+            thompson_scale=scale,
+            proposals=self.settings.proposals,
+            variant=self.settings.generator.variant,
+        )
 
     def policy(self, identity: str) -> Policy:
         """Return the policy as it is now; `identity` seeds its proposals."""

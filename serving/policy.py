@@ -1,7 +1,7 @@
 """The policy that decides: propose and refine for every posterior draw, with exact propensities.
 
-The policy is a finite mixture. For each of the M draws (particles) of a snapshot, coordinate ascent from two starts,
-the best elements by main effect and the best of a few proposals of the generator, finds the creative e^(m) that the
+The policy is a finite mixture. For each of the M draws (particles) of a snapshot, coordinate ascent from a proposal of
+the generator, and from the best of what the other draws found so (`serving.refine`), finds the creative e^(m) that the
 draw believes in. With a uniform share eps
 
     pi(e | context, product) = (1 - eps) #{m : e^(m) = e} / M + eps uniform(e)
@@ -40,7 +40,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.pointer import Pointer
+from serving.pointer import VARIANTS, Pointer
+from serving.refine import relay
 from serving.search import Card, Deck, Problem, Shape
 from streams.contracts.catalog import Element
 from streams.contracts.features import ContentEncoder, ContextValue, FeatureSpec
@@ -66,10 +67,16 @@ class PolicySettings:
     """Share of the traffic that stays uniform over the candidates, in [0, 1]."""
     thompson_scale: float = 0.2
     """Spread of the draws in posterior standard deviations; undone where uncertainty is shown."""
-    proposals: int = 4
-    """Creatives that the generator proposes for a request; the best one on each draw is refined. 0: none."""
+    proposals: int = 32
+    """Creatives that the generator proposes for a request; the draws start from them in turn. 0: each starts from its
+    best main effects."""
+    temperature: float = 2.0
+    """Above 1 the proposals differ more than the generator's own samples: the draws then find more, together."""
     max_sweeps: int = 4
-    """Passes of coordinate ascent over the slots; it stops earlier where nothing moves."""
+    """Passes of coordinate ascent over the slots before the draws exchange what they found; fewer where nothing
+    moves."""
+    variant: str = "autoregressive"
+    """How the generator proposes, see `serving.pointer`."""
 
     def __post_init__(self) -> None:
         """Refuse what no policy can play."""
@@ -81,6 +88,10 @@ class PolicySettings:
             raise ValueError(
                 f"proposals is {self.proposals} and max_sweeps {self.max_sweeps}; must be in [0, 64] and [1, 64]"
             )
+        if not 0.01 <= self.temperature <= 100.0:
+            raise ValueError(f"temperature is {self.temperature}; must be in [.01, 100]")
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant is {self.variant!r}; expected one of {', '.join(VARIANTS)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +202,8 @@ class Policy:
         self._product_P = np.append(tensors["mean.product"], np.float32(0))
         self._context_C = tensors["mean.context"]
         self.pointer = Pointer(
-            {n.removeprefix("generator."): w for n, w in tensors.items() if n.startswith("generator.")}
+            {n.removeprefix("generator."): w for n, w in tensors.items() if n.startswith("generator.")},
+            settings.variant,
         )
         self._encoder = ContentEncoder.from_id(spec.encoder)
         self._lock = threading.Lock()
@@ -438,37 +450,25 @@ class Policy:
         """Find e^(m) of every draw for requests of one shape."""
         cards = [card for _, (_, card) in items]
         problem = self._problem([request for _, (request, _) in items], cards)
-        deck, rows_N, main, product_N, context_NC = (
-            problem.deck,
-            problem.rows,
-            problem.main,
-            problem.product,
-            problem.context,
-        )
-        draws = [np.ascontiguousarray(main_NLA[:, :-1]) for main_NLA in main]
-        ascent = problem.on_draws()
-        starts = [np.stack([main_NMA.argmax(-1) for main_NMA in draws], -1)]
-        if self.settings.proposals:
-            uniform_NRS = np.stack([self._proposal_numbers(key, len(deck.slots)) for key, _ in items])
-            keys = [keys_KAd[rows_N] for keys_KAd in deck.keys]
-            proposed_NRT = self.pointer.propose(deck.slots, keys, product_N, context_NC, uniform_NRS)
-            starts.append(
-                ascent.best(
-                    np.broadcast_to(proposed_NRT[:, None], (len(items), self.num_draws, *proposed_NRT.shape[1:]))
-                )
-            )
-        winners_NMT = ascent.climb(np.stack(starts, 2), self.settings.max_sweeps)
-        appeal_N = self._bias + self._product_P[product_N] + context_NC @ self._context_C
+        winners_NMT = relay(problem, self._starts([key for key, _ in items], problem), self.settings.max_sweeps)
+        appeal_N = self._bias + self._product_P[problem.product] + problem.context @ self._context_C
         return {
             key: _Solved(
                 card,
                 winners_NMT[n],
-                [main_NLA[n, -1] for main_NLA in main],
-                deck.mean_pulls(int(rows_N[n])),
+                [main_NLA[n, -1] for main_NLA in problem.main],
+                problem.deck.mean_pulls(int(problem.rows[n])),
                 float(appeal_N[n]),
             )
             for n, (key, (_, card)) in enumerate(items)
         }
+
+    def _starts(self, keys: Sequence[bytes], problem: Problem) -> IntArray:
+        """Return what the draws of each request start from, (N, R, T): proposals, or the best main effects."""
+        if not self.settings.proposals:
+            return np.stack([main_NLA[:, :-1].argmax(-1) for main_NLA in problem.main], -1)
+        uniform_NRT = np.stack([self._proposal_numbers(key, len(problem.main)) for key in keys])
+        return self.pointer.propose(problem.asked, uniform_NRT, self.settings.temperature)
 
     def _proposal_numbers(self, key: bytes, num_slots: int) -> NDArray[np.float64]:
         shape = self.settings.proposals, num_slots

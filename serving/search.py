@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.pointer import Asked
+
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
 
@@ -112,6 +114,12 @@ class Problem:
     """(N, C)"""
 
     @property
+    def asked(self) -> Asked:
+        """The same requests as the generator sees them."""
+        keys = [keys_KAd[self.rows] for keys_KAd in self.deck.keys]
+        return Asked(self.deck.slots, keys, self.product, self.context)
+
+    @property
     def num_draws(self) -> int:
         """M."""
         return self.main[0].shape[1] - 1
@@ -132,7 +140,7 @@ class Ascent:
     def __init__(self, deck: Deck, rows_N: IntArray, main: Sequence[FloatArray], first_draw: int = 0) -> None:
         """Take the prepared cards and their main effects (N, M, A) in their contexts, M draws from the first one on."""
         self.num_scores = 0
-        """Scores of single elements that were computed so far."""
+        """Scores of single elements that were needed so far; a start at rest needs none."""
         self._main = main
         self._content = [content_KAF[rows_N] for content_KAF in deck.content]
         num_requests, num_draws = main[0].shape[:2]
@@ -184,24 +192,24 @@ class Ascent:
         num_requests, num_draws, num_starts, num_slots = chosen_NMRT.shape
         pulls = [self._pull(t, chosen_NMRT[..., t]) for t in range(num_slots)]
         total_NMRTF: FloatArray = sum(pulls[1:], start=pulls[0].copy())
-        still = 0
+        # Steps since a start last moved; one that no slot moved any more is at rest for good.
+        still_NMR = np.zeros(chosen_NMRT.shape[:3], np.int64)
         for step in range(max_sweeps * num_slots):
             t = step % num_slots
             weights_NKF = total_NMRTF[:, :, :, t].reshape(num_requests, num_draws * num_starts, self._size)
             value = np.matmul(weights_NKF, self._content[t].transpose(0, 2, 1))
             value = value.reshape(num_requests, num_draws, num_starts, -1) + self._main[t][:, :, None]
-            self.num_scores += value.size
+            self.num_scores += int((still_NMR < num_slots).sum()) * value.shape[3]
             best_NMR = value.argmax(-1)
+            moved_NMR = best_NMR != chosen_NMRT[..., t]
+            still_NMR = np.where(moved_NMR, 1, still_NMR + 1)
             # A request that has come to rest adds exact zeros while others in the batch still move.
-            if (best_NMR == chosen_NMRT[..., t]).all():
-                still += 1
-            else:
-                still = 1
+            if moved_NMR.any():
                 chosen_NMRT[..., t] = best_NMR
                 pull = self._pull(t, best_NMR)
                 total_NMRTF += pull - pulls[t]
                 pulls[t] = pull
-            if still >= num_slots:
+            elif (still_NMR >= num_slots).all():
                 break
         return _best(chosen_NMRT, self._values(chosen_NMRT, total_NMRTF))
 

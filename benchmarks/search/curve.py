@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks.search.methods import FULL, METHODS, UNTIL_REST, Request
+from benchmarks.search.methods import METHODS, Request
 from benchmarks.search.scene import KINDS, Scene
 from learner.generator import GeneratorSettings
 from serving.policy import Policy

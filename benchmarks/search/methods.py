@@ -12,10 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from serving.policy import Policy
-from serving.search import Ascent, FloatArray, IntArray, Problem
+from serving.search import FloatArray, IntArray, Problem
 
 UNTIL_REST = 64
 """Sweeps after which every ascent has come to rest."""
