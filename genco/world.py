@@ -143,7 +143,7 @@ class World:
 
     def catalog(self, now_s: float) -> Catalog:
         """Return the elements alive and the products with their candidates, as plain Python data."""
-        first = self._first_alive(now_s)
+        first = self.first_alive(now_s)
         elements = [
             self._element_record(slot, number)
             for slot in range(len(self.config.slots))
@@ -157,14 +157,28 @@ class World:
 
     def candidates(self, product: int, now_s: float) -> IntArray:
         """Return the (S, A) numbers of the elements that a product may use, ascending in each slot."""
-        return np.sort(self._numbers(self._candidates[product], self._first_alive(now_s)), axis=1)
+        return np.sort(self._numbers(self._candidates[product], self.first_alive(now_s)), axis=1)
+
+    def all_candidates(self, now_s: float) -> IntArray:
+        """Return the (P, S, A) numbers of the elements that each product may use, ascending in each slot."""
+        return np.sort(self._numbers(self._candidates, self.first_alive(now_s)), axis=2)
+
+    def content(self, now_s: float) -> tuple[int, FloatArray]:
+        """Return the number of the oldest element alive, and the (S, E, content_size) content of it and those after it.
+
+        What `catalog` tells of the elements, as an array.
+        """
+        first = self.first_alive(now_s)
+        numbers = range(first, first + self.config.elements_per_slot)
+        content = [[self._element(slot, n).content for n in numbers] for slot in range(len(self.config.slots))]
+        return first, np.array(content)
 
     def requests(self, rng: np.random.Generator, n: int, now_s: float) -> Requests:
         """Draw n requests, evenly over products and contexts; shoppers of all time zones come at any time.
 
         The traffic does not depend on `now_s` in this world.
         """
-        self._era(now_s)  # refuses a wrong time
+        self.era(now_s)  # refuses a wrong time
         return Requests(
             product=rng.integers(self.config.num_products, size=n),
             device=rng.integers(len(DEVICES), size=n),
@@ -174,7 +188,7 @@ class World:
 
     def request_dicts(self, requests: Requests, now_s: float) -> list[Request]:
         """Return the requests ready for JSON; requests of one product share their `candidates`."""
-        first = self._first_alive(now_s)
+        first = self.first_alive(now_s)
         candidates = {int(product): self._candidate_ids(product, first) for product in np.unique(requests.product)}
         rows = zip(requests.product, requests.device, requests.segment, requests.hour, strict=True)
         return [
@@ -266,22 +280,27 @@ class World:
 
     # -- time ------------------------------------------------------------------------------------------------------
 
-    def _era(self, now_s: float) -> tuple[int, int]:
-        """Return how often tastes have moved and how often elements were replaced."""
+    def era(self, now_s: float) -> tuple[int, int]:
+        """Return how often tastes have moved and how often elements were replaced: nothing else changes with time.
+
+        Raises:
+            ValueError: If the time is before the world began, or no number.
+        """
         if not (math.isfinite(now_s) and now_s >= 0):
             raise ValueError(f"now_s is {now_s}; must be the seconds since the world began, at least 0")
         drift, turnover = self.config.drift_every_s, self.config.new_elements_every_s
         return (int(now_s // drift) if drift else 0, int(now_s // turnover) if turnover else 0)
 
-    def _first_alive(self, now_s: float) -> int:
-        return self._era(now_s)[1] * self.config.new_elements
+    def first_alive(self, now_s: float) -> int:
+        """Return the number of the oldest element alive, the same in every slot."""
+        return self.era(now_s)[1] * self.config.new_elements
 
     def _numbers(self, places: IntArray, first_alive: int) -> IntArray:
         """Return the element numbers alive at places: of E successive numbers one falls on each place."""
         return first_alive + (places - first_alive) % self.config.elements_per_slot
 
     def _truth(self, now_s: float) -> _Truth:
-        era = self._era(now_s)
+        era = self.era(now_s)
         if era not in self._truths:
             while len(self._truths) >= MAX_ERAS:
                 del self._truths[next(iter(self._truths))]  # the one made first
@@ -327,31 +346,37 @@ class World:
         missing = np.unique(requests.cell[~truth.known[requests.cell]])
         if len(missing) == 0:
             return truth
-        exact = self.config.num_creatives <= MAX_ENUMERATED
-        tabulate = self._enumerate if exact else self._approximate
-        widest = (
-            self.config.num_creatives if exact else 2 * (len(self.config.slots) * self.config.candidates_per_slot) ** 2
-        )
-        chunks = math.ceil(len(missing) * widest / CHUNK_NUMBERS)
-        for cells in np.array_split(missing, min(chunks, len(missing))):
-            tabulate(truth, cells)
-            truth.known[cells] = True
+        if self.config.num_creatives <= MAX_ENUMERATED:
+            chunks = math.ceil(len(missing) * self.config.num_creatives / CHUNK_NUMBERS)
+            for cells in np.array_split(missing, min(chunks, len(missing))):
+                self._enumerate(truth, cells)
+        else:
+            # Cells of one product share its pairs, the largest part of the work.
+            for cells in np.split(missing, np.flatnonzero(np.diff(missing // NUM_CONTEXTS)) + 1):
+                self._approximate(truth, cells)
+        truth.known[missing] = True
         return truth
 
-    def _effects(self, truth: _Truth, cells: IntArray) -> tuple[FloatArray, FloatArray]:
-        """Return main (cells, S, A) and pair (cells, K, A, A) effects among the candidates of the cells."""
+    def _main_effects(self, truth: _Truth, cells: IntArray) -> FloatArray:
+        """Return the (cells, S, A) effects of the candidates of cells by themselves."""
         places = self._candidates[cells // NUM_CONTEXTS]
-        slots = np.arange(places.shape[1])
-        main = truth.main[slots[:, None], places, (cells % NUM_CONTEXTS)[:, None, None]]
+        main: FloatArray = truth.main[
+            np.arange(places.shape[1])[:, None], places, (cells % NUM_CONTEXTS)[:, None, None]
+        ]
+        return main
+
+    def _pair_effects(self, truth: _Truth, products: IntArray) -> FloatArray:
+        """Return the (products, K, A, A) effects of pairs of candidates, the same in all contexts."""
+        places = self._candidates[products]
         pairs = [
             truth.pair[k, places[:, s, :, None], places[:, t, None, :]] for k, (s, t) in enumerate(self._slot_pairs)
         ]
         width = places.shape[2]
-        return main, np.stack(pairs, axis=1) if pairs else np.empty((len(cells), 0, width, width))
+        return np.stack(pairs, axis=1) if pairs else np.empty((len(products), 0, width, width))
 
     def _enumerate(self, truth: _Truth, cells: IntArray) -> None:
         """Tabulate the cells over all creatives."""
-        main, pair = self._effects(truth, cells)
+        main, pair = self._main_effects(truth, cells), self._pair_effects(truth, cells // NUM_CONTEXTS)
         num_cells, num_slots, width = main.shape
         logit = np.zeros((num_cells,) + (width,) * num_slots)
         for slot in range(num_slots):
@@ -365,28 +390,29 @@ class World:
         self._record_uniform(truth, cells, logit)
 
     def _approximate(self, truth: _Truth, cells: IntArray) -> None:
-        """Tabulate the cells by coordinate ascent from many starts and by a fixed sample of creatives."""
-        main, pair = self._effects(truth, cells)
+        """Tabulate cells of one product by coordinate ascent from many starts and by a fixed sample of creatives."""
+        main = self._main_effects(truth, cells)
+        (pair,) = self._pair_effects(truth, cells[:1] // NUM_CONTEXTS)
         num_cells, num_slots, width = main.shape
         rng = self._rng(_SEARCH)
         starts = rng.integers(width, size=(ASCENT_STARTS, num_slots))
         sample = rng.integers(width, size=(SAMPLED_CREATIVES, num_slots))
 
-        # given[:, s, t, b] is what candidate b in slot t adds to each candidate of slot s
-        given = np.zeros((num_cells, num_slots, num_slots, width, width))
+        given = np.zeros((num_slots, num_slots, width, width))
         for k, (s, t) in enumerate(self._slot_pairs):
-            given[:, s, t] = pair[:, k].swapaxes(1, 2)
-            given[:, t, s] = pair[:, k]
+            given[s, t] = pair[k].T
+            given[t, s] = pair[k]
         choice, logit = _coordinate_ascent(main, given, np.repeat(starts[None], num_cells, axis=0))
         best = logit.argmax(axis=1)
         rows = np.arange(num_cells)
         self._record_best(truth, cells, choice[rows, best], logit[rows, best])
 
         sampled = np.zeros((num_cells, SAMPLED_CREATIVES))
+        for k, (s, t) in enumerate(self._slot_pairs):
+            sampled[0] += pair[k, sample[:, s], sample[:, t]]
+        sampled[1:] = sampled[0]
         for slot in range(num_slots):
             sampled += main[:, slot, sample[:, slot]]
-        for k, (s, t) in enumerate(self._slot_pairs):
-            sampled += pair[:, k, sample[:, s], sample[:, t]]
         self._record_uniform(truth, cells, sampled)
 
     def _record_best(self, truth: _Truth, cells: IntArray, choice: IntArray, logit: FloatArray) -> None:
@@ -512,7 +538,8 @@ def _coordinate_ascent(main: FloatArray, given: FloatArray, choice: IntArray) ->
 
     Args:
         main: (cells, S, A) main effects.
-        given: (cells, S, S, A, A); given[:, s, t, b] is what candidate b in slot t adds to each candidate of slot s.
+        given: (S, S, A, A), the same in all cells; given[s, t, b] is what candidate b in slot t adds to each candidate
+            of slot s.
         choice: (cells, starts, S) candidates to start from; changed in place.
 
     Returns:
@@ -527,7 +554,7 @@ def _coordinate_ascent(main: FloatArray, given: FloatArray, choice: IntArray) ->
             score = np.repeat(main[:, slot, None], choice.shape[1], axis=1)
             for other in range(num_slots):
                 if other != slot:
-                    score += given[rows, slot, other, choice[:, :, other]]
+                    score += given[slot, other, choice[:, :, other]]
             here = np.take_along_axis(score, choice[:, :, slot, None], axis=2)[:, :, 0]
             better = score.max(axis=2) > here + 1e-12  # rounding must not make it walk in circles
             choice[:, :, slot] = np.where(better, score.argmax(axis=2), choice[:, :, slot])
@@ -536,7 +563,7 @@ def _coordinate_ascent(main: FloatArray, given: FloatArray, choice: IntArray) ->
     for slot in range(num_slots):
         logit += main[rows, slot, choice[:, :, slot]]
         for other in range(slot):
-            logit += given[rows, slot, other, choice[:, :, other], choice[:, :, slot]]
+            logit += given[slot, other, choice[:, :, other], choice[:, :, slot]]
     return choice, logit
 
 

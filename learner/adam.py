@@ -40,5 +40,6 @@ class Adam:
             first = self.first[name].lerp_(gradient, FIRST_RATE)
             second = self.second[name].mul_(1.0 - SECOND_RATE).addcmul_(gradient, gradient, value=SECOND_RATE)
             # A new tensor: the last published weights must stay as they are.
-            self.weights[name] = self.weights[name].addcdiv(first, (second * second_scale).sqrt_().add_(1e-8), value=-rate)
+            scale = (second * second_scale).sqrt_().add_(1e-8)
+            self.weights[name] = self.weights[name].addcdiv(first, scale, value=-rate)
         return norm

@@ -1,15 +1,17 @@
 """Which coefficient stands where in the core block, and the numbers that an impression gives to each of them.
 
-An impression becomes x in R^D: 1, the context, for every slot the content of its element, content x context, for every
-pair of slots content x content (dense, the first D_1 columns), and one-hots of the product and of each element (the
-other D_2 columns). The dense part makes a matrix; the one-hots stay column numbers, so that their sums are additions of
-rows instead of products with zeros.
+The core holds what generalizes from one element, product or request to others. An impression becomes x in R^D: 1, the
+context, for every slot the content of its element, content x context, and for every pair of slots content x content.
+What is particular to a product, an element or a pair of elements stands in `learner.rest`, so D depends neither on how
+many products there are nor on how many elements.
+
+D is capped: the pairs, of which there are most, use as many of the content numbers as fit.
 
 The order of the columns follows from the sizes alone. When a vocabulary grows, `Layout.old_columns` says where each old
 coefficient stands in the new order; every statistic is moved once and nothing is computed again.
 
-Shapes: N impressions, S slots, Q slot pairs (s, t), s < t, at index t (t - 1) / 2 + s, F content numbers an element,
-C context columns, P products, E elements, D = D_1 + D_2 coefficients, J = 1 + S one-hots an impression.
+Shapes: N impressions, S slots, Q slot pairs (s, t), s < t, at index t (t - 1) / 2 + s, F content numbers an element, of
+which the first G stand in pairs, C context columns, D coefficients.
 """
 
 from __future__ import annotations
@@ -20,8 +22,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-DENSE = ("bias", "context", "content", "content_context", "content_pair")
-GROUPS = (*DENSE, "product", "element")
+GROUPS = ("bias", "context", "content", "content_context", "content_pair")
 
 
 def slot_pairs(num_slots: int) -> tuple[list[int], list[int]]:
@@ -41,10 +42,26 @@ class Layout:
 
     slots: int = 0
     content: int = 0
-    """Content numbers in use: the trailing ones that no element has had take no columns."""
+    """F: content numbers in use; the trailing ones that no element has had take no columns."""
     context: int = 0
-    products: int = 0
-    elements: int = 0
+    pair_content: int = 0
+    """G: content numbers that stand in pairs, at most F."""
+
+    @classmethod
+    def capped(cls, *, slots: int, content: int, context: int, max_coefficients: int, least: Layout) -> Layout:
+        """Return the layout whose pairs use as many content numbers as the cap on D leaves room for.
+
+        Args:
+            slots: S.
+            content: F.
+            context: C.
+            max_coefficients: The cap; exceeded only if there is no room even without pairs.
+            least: No size becomes smaller than its own, for what was learned is kept.
+        """
+        pairs = slots * (slots - 1) // 2
+        room = max_coefficients - (1 + context + slots * content * (1 + context))
+        fitting = [g for g in range(content + 1) if pairs * g * g <= max(room, 0)]
+        return cls(slots, content, context, max(fitting[-1], least.pair_content))
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -55,9 +72,7 @@ class Layout:
             "context": (self.context,),
             "content": (self.slots, self.content),
             "content_context": (self.slots, self.content, self.context),
-            "content_pair": (pairs, self.content, self.content),
-            "product": (self.products,),
-            "element": (self.elements,),
+            "content_pair": (pairs, self.pair_content, self.pair_content),
         }
 
     @cached_property
@@ -69,11 +84,6 @@ class Layout:
             out[name] = torch.arange(start, start + size).reshape(shape)
             start += size
         return out
-
-    @cached_property
-    def dense_size(self) -> int:
-        """D_1."""
-        return sum(torch.Size(self.shapes[name]).numel() for name in DENSE)
 
     @cached_property
     def size(self) -> int:
@@ -111,62 +121,22 @@ class Rows:
         return len(self.product)
 
 
-@dataclass(frozen=True)
-class Design:
-    """The rows x of N impressions."""
+def design(context_NC: Tensor, content_NSF: Tensor, layout: Layout) -> Tensor:
+    """Return the rows x of impressions, (N, D).
 
-    dense: Tensor
-    """(N, D_1)"""
-    hot: Tensor
-    """(N, J): columns of the ones among the last D_2; D_2 itself stands for none."""
-    num_hot: int
-    """D_2."""
-
-    def times(self, theta_KD: Tensor) -> Tensor:
-        """Return x . theta, (N, K)."""
-        width = self.dense.shape[1]
-        hot_K = torch.nn.functional.pad(theta_KD[:, width:], (0, 1))
-        return self.dense @ theta_KD[:, :width].T + hot_K[:, self.hot].sum(-1).T
-
-    def transposed_times(self, value_NK: Tensor) -> Tensor:
-        """Return sum_n x_n value_n, (K, D)."""
-        hot = value_NK.new_zeros(self.num_hot + 1, value_NK.shape[1])
-        for hot_N in self.hot.T:
-            hot.index_add_(0, hot_N, value_NK)
-        return torch.cat([self.dense.T @ value_NK, hot[:-1]]).T
-
-    def gram(self, weight_N: Tensor) -> Tensor:
-        """Return sum_n weight_n x_n x_n', (D, D)."""
-        width = self.dense.shape[1]
-        out = weight_N.new_empty(width + self.num_hot, width + self.num_hot)
-        weighted_ND1 = self.dense * weight_N[:, None]
-        torch.mm(self.dense.T, weighted_ND1, out=out[:width, :width])
-        mixed = weight_N.new_zeros(self.num_hot + 1, width)
-        square = weight_N.new_zeros((self.num_hot + 1) ** 2)
-        for first_N in self.hot.T:
-            mixed.index_add_(0, first_N, weighted_ND1)
-            for second_N in self.hot.T:
-                square.index_add_(0, first_N * (self.num_hot + 1) + second_N, weight_N)
-        out[width:, :width] = mixed[:-1]
-        out[:width, width:] = mixed[:-1].T
-        out[width:, width:] = square.view(self.num_hot + 1, -1)[:-1, :-1]
-        return out
-
-
-def design(rows: Rows, layout: Layout) -> Design:
-    """Return the rows x of impressions in the order of a layout; what the layout lacks contributes nothing."""
-    n = len(rows)
+    Args:
+        context_NC: Contexts.
+        content_NSF: Content of the chosen elements, traits included.
+        layout: The order of the columns; content beyond its F contributes nothing.
+    """
+    content_NSF = content_NSF[:, :, : layout.content]
+    pair_NSG = content_NSF[:, :, : layout.pair_content]
     first, second = slot_pairs(layout.slots)
-    content_NSF = rows.content[:, :, : layout.content]
     parts = [
-        content_NSF.new_ones(n, 1),
-        rows.context,
+        content_NSF.new_ones(len(context_NC), 1),
+        context_NC,
         content_NSF,
-        content_NSF[..., None] * rows.context[:, None, None, :],
-        content_NSF[:, first, :, None] * content_NSF[:, second, None, :],
+        content_NSF[..., None] * context_NC[:, None, None, :],
+        pair_NSG[:, first, :, None] * pair_NSG[:, second, None, :],
     ]
-    none = layout.products + layout.elements
-    product_N1 = torch.where((rows.product >= 0) & (rows.product < layout.products), rows.product, none)[:, None]
-    known_NS = (rows.chosen >= 0) & (rows.chosen < layout.elements)
-    element_NS = torch.where(known_NS, rows.chosen + layout.products, none)
-    return Design(torch.cat([p.flatten(1) for p in parts], 1), torch.cat([product_N1, element_NS], 1), none)
+    return torch.cat([part.flatten(1) for part in parts], 1)

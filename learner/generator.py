@@ -8,8 +8,8 @@
 Variants differ in nothing but which slots come before a slot:
 
     autoregressive   those before it in the vocabulary
-    confident        those of which the generator is surer when it knows no choice yet: lower entropy relative to the log
-                     of their number of candidates (the free order of CECS, fixed for a card before its first choice)
+    confident        those of which the generator is surer when it knows no choice yet: lower entropy, relative to the
+                     log of the number of candidates (the free order of CECS, fixed before a card's first choice)
     parallel         none: all slots at once, as fast as can be, blind to pairs
 
 All but W and A start at zero, so a new generator is uniform, and rows that are appended for new names change nothing
@@ -19,8 +19,8 @@ Shapes: B cards, G creatives a card, S slots of the vocabulary, A candidates of 
 context columns, P products, E elements, d width, h width of the hidden layer.
 
 References:
-    Vinyals et al. (2015), Pointer Networks. Wang et al. (2023), A Cross-Element Combinatorial Selection Model for
-    Multi-Element Creative in Display Advertising (CECS).
+    Vinyals et al. (2015), Pointer Networks. CECS: A Cross-Element Combinatorial Selection Model for Multi-Element
+    Creative in Display Advertising (2023), arXiv 2307.01593.
 """
 
 from __future__ import annotations
@@ -198,9 +198,9 @@ class Generator:
 
     def _logits(self, w: Mapping[str, Tensor], h_BGSd: Tensor, key_BSAd: Tensor) -> Tensor:
         query_BGSd = h_BGSd + torch.tanh(h_BGSd @ w["hidden_in"] + w["hidden_bias"]) @ w["hidden_out"]
-        # As one matrix product a card and slot.
-        logits = query_BGSd.transpose(1, 2) @ key_BSAd.transpose(2, 3)
-        return logits.transpose(1, 2) / self.settings.width**0.5
+        # One matrix product for each card and slot.
+        logits: Tensor = (query_BGSd.transpose(1, 2) @ key_BSAd.transpose(2, 3)) * self.settings.width**-0.5
+        return logits.transpose(1, 2)
 
     @torch.no_grad()
     def _order(self, cards: Cards, base_BSd: Tensor, key_BSAd: Tensor, w: Mapping[str, Tensor]) -> Tensor:

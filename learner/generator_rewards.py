@@ -1,7 +1,7 @@
 """What creatives earn under draws of the reward model, and how to improve them, for many cards at once in torch.
 
-The same effects as in `serving.search`, one draw for each card, without the bias, product and context terms, which no
-choice changes.
+The core's effects, one draw for each card, and the effects of single elements under the posterior mean, without what
+no choice changes. Pairs of single elements are left out: the generator knows no pairs of ids.
 
 Shapes: B cards, G creatives a card, S slots, A candidates, F content numbers, C context columns, M draws.
 """
@@ -32,24 +32,29 @@ class Judge:
     """M draws of the reward model, ready to judge cards."""
 
     def __init__(self, effects: Mapping[str, Tensor]) -> None:
-        """Take the effects under M draws, named as in a snapshot without the prefix `draws.`."""
+        """Take the effects.
+
+        Args:
+            effects: The core's under M draws, named as in a snapshot without the prefix `draws.`, and `element`
+                (E, 1 + C), those of single elements under the posterior mean.
+        """
         self.num_draws, num_slots, size = effects["content"].shape
         self._content_MSF = effects["content"]
         self._context_MSFC = effects["content_context"]
-        self._element_ME = torch.nn.functional.pad(effects["element"], (0, 1))
+        # A last row of zeros answers index -1.
+        self._element_EC = torch.nn.functional.pad(effects["element"], (0, 0, 0, 1))
+        width = effects["content_pair"].shape[-1]
         pair_MSFSF = effects["content_pair"].new_zeros(self.num_draws, num_slots, size, num_slots, size)
         for q, (s, t) in enumerate(zip(*slot_pairs(num_slots), strict=True)):
-            pair_MSFSF[:, s, :, t] = effects["content_pair"][:, q]
-            pair_MSFSF[:, t, :, s] = effects["content_pair"][:, q].transpose(1, 2)
+            pair_MSFSF[:, s, :width, t, :width] = effects["content_pair"][:, q]
+            pair_MSFSF[:, t, :width, s, :width] = effects["content_pair"][:, q].transpose(1, 2)
         self._pair_MXX = pair_MSFSF.reshape(self.num_draws, num_slots * size, num_slots * size)
 
     def cards(self, cards: Cards, draw_B: Tensor) -> JudgedCards:
         """Return the effects of each card's candidates under its draw."""
-        weight_BSF = self._content_MSF[draw_B] + torch.einsum(
-            "bsfc,bc->bsf", self._context_MSFC[draw_B], cards.context
-        )
-        element_BE = self._element_ME[draw_B]
-        own_BSA = element_BE.gather(1, cards.candidate.flatten(1) % element_BE.shape[1]).view(cards.candidate.shape)
+        weight_BSF = self._content_MSF[draw_B] + torch.einsum("bsfc,bc->bsf", self._context_MSFC[draw_B], cards.context)
+        element_BSAC = self._element_EC[cards.candidate]
+        own_BSA = element_BSAC[..., 0] + torch.einsum("bsac,bc->bsa", element_BSAC[..., 1:], cards.context)
         main_BSA = (torch.einsum("bsaf,bsf->bsa", cards.content, weight_BSF) + own_BSA) * cards.mask
         return JudgedCards(main_BSA, cards.content * cards.mask[..., None], cards.mask, self._pair_MXX[draw_B])
 

@@ -22,19 +22,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from learner.design import Layout, Rows
+from learner.design import Rows
 from learner.gate import GateSettings, Logged, Validation, judge, norms, probe
 from learner.generator import Cards, Generator, GeneratorSettings, padded
 from learner.generator_rewards import Judge
 from learner.generator_training import GeneratorReport, train_step
 from learner.intake import Intake
-from learner.reward_model import RewardModel, RewardModelSettings
+from learner.recent import pack_recent, unpack_recent
+from learner.reward_model import Effects, RewardModel, RewardModelSettings
 from serving.policy import DecisionRequest, Policy, PolicySettings
 from streams.contracts.catalog import Element, Product
 from streams.contracts.examples import ExampleBatch, LabelKind
 from streams.contracts.features import FeatureLimits, FeatureSpec, GrowingFeatureSpec
 from streams.contracts.settings import LearnSettings
-from streams.contracts.snapshot import PolicySnapshot, SnapshotManifest, pack_tensors, sign
+from streams.contracts.snapshot import PolicySnapshot, SnapshotManifest, pack_pairs, pack_tensors, sign
 
 VALIDATION_EXAMPLES = 5_000
 """Progressive validation looks back at least so far, if there are so many."""
@@ -49,7 +50,7 @@ class LearnerSettings:
     """M: posterior draws in a snapshot."""
     epsilon: float = 0.01
     """Share of the traffic that stays uniform."""
-    proposals: int = 32
+    proposals: int = 16
     """Creatives that the generator proposes for a decision."""
     horizon_ms: int = 3_600_000
     """Decisions are remembered against duplicates for this much event time."""
@@ -117,10 +118,11 @@ class OnlineLearner:
         self._intake = Intake(settings.horizon_ms)
         self._content_EF = torch.zeros(0, settings.features.content_size)
         self._late = [1.0, 20.0]
+        self._stepless = 0
         self._validation: deque[Validation] = deque()
         self._recent: deque[Logged] = deque(maxlen=settings.replay_size)
         self._spec: FeatureSpec = self.features.freeze()
-        self._effects: dict[str, dict[str, Tensor]] | None = None
+        self._effects: Effects | None = None
         self._metrics: dict[str, float] = {}
         self._candidate: _Published | None = None
         self._published: _Published | None = None
@@ -177,6 +179,11 @@ class OnlineLearner:
         """Share of the clicks that come after the wait, from the clicks so far and a prior of twenty."""
         return self._late[0] / self._late[1]
 
+    @property
+    def newest_validation(self) -> Validation:
+        """Progressive validation over the newest update's examples alone."""
+        return self._validation[-1] if self._validation else Validation()
+
     def metrics(self) -> dict[str, float]:
         """Return the state of learning: progressive validation, memories, generator."""
         weights = self.reward_model.memory_weights
@@ -219,30 +226,28 @@ class OnlineLearner:
         self._spec = spec = self.features.freeze()
         self._content_EF = padded(self._content_EF, (len(spec.elements), spec.content_size))
         in_use = self._content_EF.any(0).nonzero()
-        layout = Layout(
-            slots=len(spec.slots),
-            content=max(int(in_use[-1]) + 1 if len(in_use) else 0, self.reward_model.layout.content),
-            context=len(spec.context),
-            products=len(spec.products),
-            elements=len(spec.elements),
-        )
-        self.reward_model.grow(layout)
-        self.generator.grow(
-            slots=layout.slots, context=layout.context, products=layout.products, elements=layout.elements
-        )
+        content = max(int(in_use[-1]) + 1 if len(in_use) else 0, self.reward_model.layout.content)
+        sizes = {"slots": len(spec.slots), "context": len(spec.context)}
+        names = {"products": len(spec.products), "elements": len(spec.elements)}
+        self.reward_model.grow(content=content, **sizes, **names)
+        self.generator.grow(**sizes, **names)
         self._effects = None
 
     def _validate(
         self, probability_N: NDArray[np.float64], label_N: NDArray[np.float64], first: NDArray[np.bool_]
     ) -> None:
-        likelihood_N = np.where(label_N > 0, probability_N, 1.0 - probability_N).clip(1e-12)
+        click_N = -np.log(probability_N.clip(1e-12))
+        no_click_N = -np.log((1.0 - probability_N).clip(1e-12))
+        loss_N = np.where(label_N > 0, click_N, no_click_N)
+        # A late click belongs to an impression that was counted before, as a negative: its loss then is taken back, at
+        # the probability of now, for that of then is not kept.
+        loss_N[~first] -= no_click_N[~first]
         self._validation.append(
             Validation(
-                # A late click belongs to an impression that was counted before.
                 num_examples=float(first.sum()),
                 num_clicks=float(label_N.sum()),
                 expected_clicks=float(probability_N[first].sum()),
-                log_loss=float(-np.log(likelihood_N)[first].sum()),
+                log_loss=float(loss_N.sum()),
             )
         )
         while sum(v.num_examples for v in list(self._validation)[1:]) >= VALIDATION_EXAMPLES:
@@ -266,12 +271,13 @@ class OnlineLearner:
     def _train_generator(self, num_learned: int, num_new: int) -> dict[str, float]:
         """Train on recent impressions against the model as it is now; the leash is the generator before this update."""
         settings = self.settings.generator
-        num_steps = max(1, round(num_learned / settings.examples_per_step))
-        if not self._recent:
-            return {}
+        # The remainder is kept for the next update, so many small updates give as many steps as few large ones.
+        num_steps, self._stepless = divmod(self._stepless + num_learned, settings.examples_per_step)
+        if not (self._recent and num_steps):
+            return self._metrics
         rng = np.random.default_rng([self.settings.seed, self.num_updates])
         torch_rng = torch.Generator().manual_seed(_seed(self.settings.seed, "generator", self.num_updates))
-        judge = Judge(self._effects_now()["draws"])
+        judge = self._judge()
         published = dict(self.generator.weights) if self.num_updates > 1 else None
         recent = list(self._recent)
         newest = max(1, min(num_new, len(recent)))
@@ -285,6 +291,11 @@ class OnlineLearner:
             report = train_step(self.generator, cards, judge, published, torch_rng)
         return {f"generator_{name}": value for name, value in vars(report).items()} if report else {}
 
+    def _judge(self) -> Judge:
+        """Return the draws that judge the generator's creatives."""
+        effects = self._effects_now()
+        return Judge(effects.draws | {"element": torch.from_numpy(effects.element).to(self.device)})
+
     def _cards(self, requests: Sequence[DecisionRequest]) -> Cards:
         """Return requests as numbers."""
         spec, num_slots = self._spec, len(self._spec.slots)
@@ -297,7 +308,8 @@ class OnlineLearner:
                 if slot >= 0:
                     candidate[b, slot, : len(ids)] = [spec.element_index.get((slot, e), -1) for e in ids]
                     mask[b, slot, : len(ids)] = True
-        content_EF = padded(self._content_EF, (len(self._content_EF) + 1, spec.content_size))
+        content_EF = self._content_EF + torch.from_numpy(self._effects_now().trait)
+        content_EF = padded(content_EF, (len(content_EF) + 1, spec.content_size))
         parts = (
             torch.tensor([spec.product_index.get(request.product_id, -1) for request in requests]),
             torch.from_numpy(spec.context_matrix([request.context for request in requests])),
@@ -309,34 +321,48 @@ class OnlineLearner:
 
     # -- snapshots ----------------------------------------------------------------------------------------------------
 
-    def _effects_now(self) -> dict[str, dict[str, Tensor]]:
+    def _effects_now(self) -> Effects:
         """Return the effects under the mean and under the draws that belong to this update."""
         if self._effects is None:
             rng = torch.Generator().manual_seed(_seed(self.settings.seed, "draws", self.num_updates))
-            model, spec = self.reward_model, self._spec
-            theta = {"mean": model.mean(), "draws": model.draw(self.settings.num_draws, rng)}
-            sizes = {"content_size": spec.content_size, "num_elements": len(spec.elements)}
-            self._effects = {name: model.effects(value, **sizes) for name, value in theta.items()}
+            sizes = {"content_size": self._spec.content_size, "num_products": len(self._spec.products)}
+            self._effects = self.reward_model.effects(self.settings.num_draws, rng, **sizes)
         return self._effects
 
     def _tensors(self) -> dict[str, NDArray[Any]]:
-        effects = {f"{k}.{name}": w for k, values in self._effects_now().items() for name, w in values.items()}
-        generator = {f"generator.{name}": w for name, w in self.generator.weights.items()}
-        named = effects | generator | {"element_content": self._content_EF}
-        return {name: np.asarray(w.detach().cpu().numpy(), order="C") for name, w in named.items()}
+        effects = self._effects_now()
+        core = ("content", "content_context", "content_pair")
+        named = {
+            **{f"draws.{name}": effects.draws[name] for name in core},
+            **{f"mean.{name}": effects.mean[name] for name in ("bias", "context", *core)},
+            **{f"generator.{name}": w for name, w in self.generator.weights.items()},
+            "element_content": self._content_EF,
+        }
+        return {name: np.asarray(w.detach().cpu().numpy(), order="C") for name, w in named.items()} | {
+            "product": effects.product,
+            "element": effects.element,
+            "element_sd": effects.element_sd,
+            "trait": effects.trait,
+            "trait_root": effects.trait_root,
+            "pair": effects.pair,
+            "pairs": pack_pairs(effects.pairs),
+        }
 
     def _policy_settings(self) -> PolicySettings:
-        scale = self.settings.reward_model.thompson_scale
         return PolicySettings(
             epsilon=self.settings.epsilon,
-            thompson_scale=scale,
+            thompson_scale=self.settings.reward_model.thompson_scale,
             proposals=self.settings.proposals,
             variant=self.settings.generator.variant,
+            noise_seed=_seed(self.settings.seed, "noise", self.num_updates),
         )
 
-    def policy(self, identity: str) -> Policy:
-        """Return the policy as it is now; `identity` seeds its proposals."""
+    def _policy(self, identity: str) -> Policy:
         return Policy(self._spec, self._tensors(), self._policy_settings(), identity)
+
+    def policy(self) -> Policy:
+        """Return the policy as it is now, for use in this process; published ones are read from `snapshot`."""
+        return self._policy(f"update {self.num_updates}")
 
     def snapshot(
         self,
@@ -415,12 +441,10 @@ class OnlineLearner:
             "num_updates": self.num_updates,
             "max_event_time_ms": self.max_event_time_ms,
             "late": self._late,
+            "stepless": self._stepless,
             "metrics": self._metrics,
             "validation": [[v.num_examples, v.num_clicks, v.expected_clicks, v.log_loss] for v in self._validation],
-            "recent": [
-                [e.request.product_id, e.request.context, e.request.candidates, e.creative, e.propensity, e.label]
-                for e in self._recent
-            ],
+            "recent": pack_recent(self._recent),
         }
         return tensors, state
 
@@ -435,17 +459,12 @@ class OnlineLearner:
         self._content_EF = tensors["content"].clone()
         self.num_updates, self.max_event_time_ms = state["num_updates"], state["max_event_time_ms"]
         self._late, self._metrics = list(state["late"]), dict(state["metrics"])
+        self._stepless = state.get("stepless", 0)
         self._validation = deque(
             Validation(num_examples=n, num_clicks=c, expected_clicks=e, log_loss=loss)
             for n, c, e, loss in state["validation"]
         )
-        self._recent = deque(
-            (
-                Logged(DecisionRequest(product_id, context, candidates), creative, propensity, label)
-                for product_id, context, candidates, creative, propensity, label in state["recent"]
-            ),
-            maxlen=self.settings.replay_size,
-        )
+        self._recent = deque(unpack_recent(state["recent"]), maxlen=self.settings.replay_size)
         self._spec, self._effects = self.features.freeze(), None
         self._candidate = self._published = None
 

@@ -2,62 +2,44 @@
 
 Multi-instance: the creative is the bag, its elements are the instances, and one click labels all of them at once.
 
-    logit P(click) = theta . x,   x = (1, context, product, and for every slot content, content x context, element;
-                                       for every pair of slots content x content), see `learner.design`
+    logit P(click) = theta . x(context, z)                                        the core, `learner.core`
+                     + product(p) . (1, context)                                  the rest, `learner.rest`
+                     + sum_s element(e_s) . (1, context) + sum_{s<t} pair(e_s, e_t)
+    z_s = content(e_s) + trait(e_s)                                               the traits, `learner.traits`
 
-A Bayesian logistic regression with full covariance, because the policy shows what it believes in and so the features
-that it learns from are strongly correlated. Each memory k keeps sums over examples in information form, prior apart:
+The core holds what generalizes and has a full covariance, the rest holds what is particular and has variances only, the
+traits correct the content that the core sees. The product's appeal stands apart, so that the creative's part is uplift
+and not popularity. Several memories, which forget at different rates, see every example; their weights follow their
+prequential log loss. The served mean is their weighted mean.
 
-    H_k <- (1 - f_k) H_k + sum s w x x'
-    g_k <- (1 - f_k) g_k + sum s [w eta_k + y - p_k] x
-    theta_k = (T_k + H_k)^-1 (g_k + T_k m0)
+An update validates first, then learns the core (in the first examples twice: a second pass at the new logits replaces
+what the first added), then, given the core, the rest, then the traits.
 
-with eta_k, p_k the memory's logit and click probability before the batch, y the label, s the example's weight, w =
-p (1 - p) at the mean logit of the memories, T_k the prior precisions, m0 zero but for the bias, and f_k = 1 -
-(1 - f)^(n / 1000) the forgetting of a batch of n examples. In the first examples a second pass at the new logits
-replaces what the first pass added.
-
-Prior variances are learned for each group of n coefficients (one EM step of the marginal likelihood, v0 the starting
-variance): v = (sum theta^2 + sum Sigma_ii + a v0) / (n + a), a = max(4, n / 10).
-
-The memories' weights follow their prequential log loss. The served mean is their weighted mean; a draw is that mean
-plus `thompson_scale` times a posterior draw of one memory, memories drawn by weight, stratified over the draws.
-
-Shapes: N examples, K memories, D coefficients, M draws, S slots, F content numbers, C context columns.
+Shapes: N examples, K memories, D coefficients of the core, M draws, S slots, Q pairs of slots, F content numbers, of
+which the first G stand in pairs, C context columns, P products, E elements, R pairs of elements.
 
 References:
-    Ilse et al. (2018), Attention-based Deep Multiple Instance Learning (the setting). Bishop (2006), Pattern
-    Recognition and Machine Learning, 3.5 and 4.5 (evidence, Laplace). Herbster and Warmuth (1998), Tracking the Best
-    Expert (fixed share).
+    Ilse et al. (2018), Attention-based Deep Multiple Instance Learning (the setting). Herbster and Warmuth (1998),
+    Tracking the Best Expert (fixed share). Hill et al. (2017), An Efficient Bandit Algorithm for Realtime Multivariate
+    Optimization (pairs). Russo et al. (2018), A Tutorial on Thompson Sampling.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from learner.core import Core, CoreSettings, Posterior
 from learner.design import Layout, Rows, design
-
-LEARNED = ("product", "content", "content_context", "content_pair", "element")
-"""Groups whose prior variance is learned; bias and context are too few to learn one from."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PriorScales:
-    """Standard deviations of the coefficients before any click, in logits."""
-
-    bias: float = 1.0
-    context: float = 0.2
-    content: float = 0.04
-    content_context: float = 0.016
-    content_pair: float = 0.012
-    product: float = 0.7
-    element: float = 0.08
+from learner.rest import DiagonalRest, RestSettings
+from learner.traits import Traits
+from learner.workers import ALONE, Workers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,21 +49,19 @@ class RewardModelSettings:
     memories: tuple[float, ...] = (0.0, 0.01)
     """What each memory forgets, in [0, 1)."""
     thompson_scale: float = 0.2
-    """Spread of the posterior draws in posterior standard deviations; .3 is level: -.012 +- .012 regret in twelve
-    paired runs of 50,000 impressions in two worlds like the demo's."""
+    """Spread of the posterior draws in posterior standard deviations."""
     weight_rate: float = 0.5
     """How fast the memories' weights follow their log loss."""
     weight_share: float = 0.05
     """How much weight all memories keep in any case."""
     warm_examples: int = 10_000
-    """So many examples get two passes."""
+    """So many examples get two passes, and teach no traits."""
     variance_every: int = 10_000
     """Examples between two updates of the prior variances."""
-    bias_mean: float = -3.3
-    """Log odds of a click before any example."""
-    max_elements: int = 1024
-    """Elements with an effect of their own; later ones have only what their content says."""
-    scales: PriorScales = field(default_factory=PriorScales)
+    trait_scale: float = 0.3
+    """Standard deviation of a trait before any click, in units of a content number."""
+    core: CoreSettings = field(default_factory=CoreSettings)
+    rest: RestSettings = field(default_factory=RestSettings)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be learned with."""
@@ -101,29 +81,61 @@ class LearnedBatch:
     """Factorizations that needed jitter or double precision."""
 
 
+@dataclass(frozen=True)
+class Effects:
+    """What serving needs to know of the model: means, the core's draws, widths of the rest; in logits."""
+
+    mean: dict[str, Tensor]
+    """Core under the served mean: bias (1,), context (C,), content (S, F), content_context (S, F, C), content_pair
+    (Q, G, G)."""
+    draws: dict[str, Tensor]
+    """The same under M draws, with a leading M."""
+    product: NDArray[np.float32]
+    """(P, 1 + C): effect of a product, alone and with each context column."""
+    element: NDArray[np.float32]
+    """(E, 1 + C): the same of an element."""
+    element_sd: NDArray[np.float32]
+    """(E, 1 + C): posterior standard deviations."""
+    trait: NDArray[np.float32]
+    """(E, F): what to add to an element's content."""
+    trait_root: NDArray[np.float32]
+    """(E, F, F): lower Cholesky factor of its covariance."""
+    pairs: NDArray[np.int64]
+    """(R, 2): pairs of elements with an effect of their own."""
+    pair: NDArray[np.float32]
+    """(R,): these effects."""
+
+
 class RewardModel:
-    """The core block. Learning is the only thing that changes it; `draw` and `predict` do not."""
+    """Core, rest, traits and the weights of the memories. Learning is the only thing that changes it."""
 
-    def __init__(self, settings: RewardModelSettings | None = None, device: str | torch.device = "cpu") -> None:
-        self.settings = settings or RewardModelSettings()
+    def __init__(
+        self,
+        settings: RewardModelSettings | None = None,
+        device: str | torch.device = "cpu",
+        workers: Workers = ALONE,
+    ) -> None:
+        self.settings = settings = settings or RewardModelSettings()
         self.device = torch.device(device)
-        self.layout = Layout()
         self.num_examples = 0
-        self.num_jittered = 0
-        self._variance_due = self.settings.variance_every
-        num_memories = len(self.settings.memories)
-        self._weight_K = torch.full((num_memories,), 1.0 / num_memories, dtype=torch.float64, device=self.device)
-        self._H_KDD = torch.zeros(num_memories, 0, 0, device=self.device)
-        self._g_KD = torch.zeros(num_memories, 0, dtype=torch.float64, device=self.device)
-        self._theta_KD = torch.zeros(num_memories, 0, dtype=torch.float64, device=self.device)
-        # Prior variance of each learned group, one row a memory.
-        self._variance_KG = self._starting_variance().repeat(num_memories, 1)
-        self._factor: list[Tensor | None] = [None] * num_memories
-        self.grow(Layout())
+        self.core = Core(len(settings.memories), settings.core, self.device)
+        self.rest = DiagonalRest(settings.memories, settings.rest)
+        self.traits = Traits(settings.trait_scale)
+        self._workers = workers
+        self._variance_due = settings.variance_every
+        num_memories = len(settings.memories)
+        self._weight_K = torch.full((num_memories,), 1.0 / num_memories, dtype=torch.float64)
+        self._num_elements = 0
 
-    def _starting_variance(self) -> Tensor:
-        scales = [getattr(self.settings.scales, name) ** 2 for name in LEARNED]
-        return torch.tensor(scales, dtype=torch.float64, device=self.device)
+    @property
+    def layout(self) -> Layout:
+        """Sizes of the core."""
+        return self.core.layout
+
+    @property
+    def num_jittered(self) -> int:
+        """Factorizations so far that needed jitter or double precision."""
+        return self.core.num_jittered
 
     @property
     def memory_weights(self) -> list[float]:
@@ -131,47 +143,41 @@ class RewardModel:
         weights: list[float] = self._weight_K.tolist()
         return weights
 
-    def grow(self, layout: Layout) -> None:
-        """Make room for new coefficients; the old ones keep what they have learned.
+    def grow(self, *, slots: int, content: int, context: int, products: int, elements: int) -> None:
+        """Make room for new names and numbers; what was learned stays.
 
         Raises:
             ValueError: If a size has shrunk.
         """
-        if layout.elements > self.settings.max_elements:
-            layout = Layout(layout.slots, layout.content, layout.context, layout.products, self.settings.max_elements)
-        if layout == self.layout and self._g_KD.shape[1]:
-            return
-        num_memories, size = len(self._weight_K), layout.size
-        H_KDD = torch.zeros(num_memories, size, size, device=self.device)
-        g_KD = torch.zeros(num_memories, size, dtype=torch.float64, device=self.device)
-        theta_KD = self._prior_mean(layout).repeat(num_memories, 1)
-        if self._g_KD.shape[1]:
-            old = layout.old_columns(self.layout).to(self.device)
-            H_KDD[:, old[:, None], old[None, :]] = self._H_KDD
-            g_KD[:, old] = self._g_KD
-            # A coefficient without data stays at its prior mean, and moves no other.
-            theta_KD[:, old] = self._theta_KD
-        self.layout, self._H_KDD, self._g_KD, self._theta_KD = layout, H_KDD, g_KD, theta_KD
-        self._factor = [None] * num_memories
+        layout = Layout.capped(
+            slots=slots,
+            content=content,
+            context=context,
+            max_coefficients=self.settings.core.max_coefficients,
+            least=self.core.layout,
+        )
+        self.core.grow(layout)
+        self.rest.grow(products=products, elements=elements, context=context)
+        self.traits.grow(elements, content)
+        self._num_elements = elements
 
-    def _prior_mean(self, layout: Layout) -> Tensor:
-        mean_D = torch.zeros(layout.size, dtype=torch.float64, device=self.device)
-        mean_D[0] = self.settings.bias_mean
-        return mean_D
+    def reset_elements(self, rows: NDArray[np.int64]) -> None:
+        """Forget what was learned of elements whose names are gone: other names take their rows."""
+        self.rest.reset("element", rows)
+        self.traits.reset(rows)
 
-    def _precision(self, k: int) -> Tensor:
-        parts = []
-        for name, shape in self.layout.shapes.items():
-            if name in LEARNED:
-                variance = float(self._variance_KG[k, LEARNED.index(name)])
-            else:
-                variance = getattr(self.settings.scales, name) ** 2
-            parts.append(torch.full((torch.Size(shape).numel(),), 1.0 / variance, dtype=torch.float64))
-        return torch.cat(parts).to(self.device)
+    def reset_products(self, rows: NDArray[np.int64]) -> None:
+        """Forget what was learned of products whose names are gone."""
+        self.rest.reset("product", rows)
+
+    def _design(self, rows: Rows) -> Tensor:
+        content_NSF = self.traits.corrected(rows)
+        return design(rows.context.to(self.device), content_NSF.to(self.device), self.layout)
 
     def predict(self, rows: Rows) -> Tensor:
-        """Return the click probability of each example under the posterior mean, (N,) float64."""
-        logit_NK = design(rows, self.layout).times(self._theta_KD.float()).double()
+        """Return the click probability of each example under the served mean, (N,) float64."""
+        rest_NK = torch.from_numpy(self.rest.touch(rows, self.num_examples).logits())
+        logit_NK = self.core.logits(self._design(rows)).cpu() + rest_NK
         return torch.sigmoid(logit_NK @ self._weight_K)
 
     def learn(
@@ -180,7 +186,7 @@ class RewardModel:
         """Learn from N examples.
 
         Args:
-            rows: The examples.
+            rows: The examples; with several workers, those of all of them in the same order everywhere.
             label_N: 1 if clicked, else 0.
             weight_N: Weight of each example, >= 0.
             provisional_N: Whether a negative may still be clicked: its weight is corrected (`provisional_weight`).
@@ -189,67 +195,53 @@ class RewardModel:
         Raises:
             FloatingPointError: If the result is not finite; nothing has been learned then.
         """
-        settings, x = self.settings, design(rows, self.layout)
-        label_N, weight_N = label_N.double(), weight_N.double()
-        logit_NK = x.times(self._theta_KD.float()).double()
+        x_ND = self._design(rows)
+        touched = self.rest.touch(rows, self.num_examples)
+        rest_NK = torch.from_numpy(touched.logits())
+        label_N, weight_N = label_N.double().cpu(), weight_N.double().cpu()
+        logit_NK = self.core.logits(x_ND).cpu() + rest_NK
         probability_NK = torch.sigmoid(logit_NK)
         served_N = torch.sigmoid(logit_NK @ self._weight_K)
         if provisional_N is not None:
             corrected_N = weight_N * provisional_weight(served_N, late_share)
-            weight_N = torch.where(provisional_N & (label_N == 0), corrected_N, weight_N)
-        keep = [(1.0 - f) ** (len(rows) / 1000.0) for f in settings.memories]
-        jittered = self.num_jittered
-        for _ in range(2 if self.num_examples < settings.warm_examples else 1):
-            mean_N = torch.sigmoid(logit_NK @ self._weight_K)
-            slope_N = (mean_N * (1.0 - mean_N)).clamp(min=1e-4)
-            gram = x.gram((slope_N * weight_N).float())
-            response_NK = slope_N[:, None] * logit_NK + label_N[:, None] - torch.sigmoid(logit_NK)
-            push_KD = x.transposed_times((weight_N[:, None] * response_NK).float()).double()
-            H = [self._H_KDD[k] * keep[k] + gram for k in range(len(keep))]
-            g_KD = self._g_KD * torch.tensor(keep, dtype=torch.float64, device=self.device)[:, None] + push_KD
-            solved = [self._solve(k, H[k], g_KD[k]) for k in range(len(keep))]
-            theta_KD = torch.stack([theta for theta, _ in solved])
-            if not torch.isfinite(theta_KD).all():
-                raise FloatingPointError(f"{len(rows)} examples gave coefficients that are not finite; nothing learned")
-            logit_NK = x.times(theta_KD.float()).double()
-        self._H_KDD, self._g_KD, self._theta_KD = torch.stack(H), g_KD, theta_KD
-        self._factor = [factor for _, factor in solved]
-        self._weigh_memories(probability_NK, label_N, weight_N)
+            weight_N = torch.where(provisional_N.cpu() & (label_N == 0), corrected_N, weight_N)
+        jittered = self.core.num_jittered
+        learned, logit_NK = self._learn_core(x_ND, logit_NK, rest_NK, label_N, weight_N)
+        touched.learn((logit_NK - rest_NK).numpy(), label_N.numpy(), weight_N.numpy())
+        if not all(np.isfinite(mean).all() for mean in touched.mean.values()):
+            raise FloatingPointError(f"{len(rows)} examples gave effects that are not finite; nothing learned")
+        self.core.take(learned)
+        self.rest.put(touched, self.num_examples)
         self.num_examples += len(rows)
         if self.num_examples >= self._variance_due:
-            self._learn_variances()
-            self._variance_due = self.num_examples + settings.variance_every
-        return LearnedBatch(served_N, self.num_jittered - jittered)
+            self.core.learn_variances()
+            self._variance_due = self.num_examples + self.settings.variance_every
+        self._weigh_memories(probability_NK, label_N, weight_N)
+        if self.num_examples >= self.settings.warm_examples and self.settings.trait_scale > 0:
+            mean_N = (self.core.logits(x_ND).cpu() + torch.from_numpy(touched.logits())) @ self._weight_K
+            core = self._core_effects(self._core_mean())
+            self.traits.learn(mean_N.numpy(), rows, label_N.numpy(), weight_N.numpy(), core)
+        return LearnedBatch(served_N, self.core.num_jittered - jittered)
 
-    def _solve(self, k: int, H_DD: Tensor, g_D: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the posterior mean and the Cholesky factor of the posterior precision."""
-        # The factor is kept row by row, as a checkpoint holds it: with LAPACK's columns a draw rounds differently.
-        precision_D = self._precision(k)
-        factor = self._cholesky(H_DD, precision_D)
-        b_D = (g_D + precision_D * self._prior_mean(self.layout)).to(factor.dtype)
-        return torch.cholesky_solve(b_D[:, None], factor)[:, 0].double(), factor.float().contiguous()
-
-    def _cholesky(self, H_DD: Tensor, precision_D: Tensor) -> Tensor:
-        """Factor prior plus statistics: single precision, then jitter, then double precision with more of it."""
-        A_DD = H_DD.clone()
-        A_DD.diagonal().add_(precision_D.float())
-        scale = float(A_DD.diagonal().mean())
-        for dtype, jitter in (
-            (torch.float32, 0.0),
-            (torch.float32, 1e-5),
-            (torch.float64, 1e-5),
-            (torch.float64, 1e-2),
-        ):
-            B_DD = A_DD.to(dtype)
-            if jitter:
-                B_DD = B_DD.clone()
-                B_DD.diagonal().add_(jitter * scale)
-                self.num_jittered += 1
-            factor, info = torch.linalg.cholesky_ex(B_DD)
-            if int(info) == 0:
-                result: Tensor = factor
-                return result
-        raise FloatingPointError("the posterior precision has no Cholesky factor, even with jitter; nothing learned")
+    def _learn_core(
+        self, x_ND: Tensor, logit_NK: Tensor, rest_NK: Tensor, label_N: Tensor, weight_N: Tensor
+    ) -> tuple[Posterior, Tensor]:
+        """Return the core's posterior after the batch and the whole logits (N, K) that it gives."""
+        keep = [(1.0 - f) ** (len(x_ND) / 1000.0) for f in self.settings.memories]
+        own = slice(self._workers.rank, None, self._workers.size)
+        for _ in range(2 if self.num_examples < self.settings.warm_examples else 1):
+            learned = self.core.learned(
+                x_ND[own],
+                logit_NK=logit_NK[own].to(self.device),
+                rest_NK=rest_NK[own].to(self.device),
+                mean_logit_N=(logit_NK @ self._weight_K)[own].to(self.device),
+                label_N=label_N[own].to(self.device),
+                weight_N=weight_N[own].to(self.device),
+                keep=keep,
+                add=self._workers.add,
+            )
+            logit_NK = self.core.logits(x_ND, learned.theta).cpu() + rest_NK
+        return learned, logit_NK
 
     def _weigh_memories(self, probability_NK: Tensor, label_N: Tensor, weight_N: Tensor) -> None:
         likelihood_NK = torch.where(label_N[:, None] > 0, probability_NK, 1.0 - probability_NK)
@@ -258,129 +250,93 @@ class RewardModel:
         share = 1.0 - (1.0 - self.settings.weight_share) ** (len(label_N) / 1000.0)
         self._weight_K = (1.0 - share) * weight_K + share / len(weight_K)
 
-    def _learn_variances(self) -> None:
-        start_G = self._starting_variance()
-        for k in range(len(self._weight_K)):
-            variance_D = torch.cholesky_inverse(self._factor_of(k)).diagonal().double()
-            for i, name in enumerate(LEARNED):
-                columns = self.layout.columns[name].flatten().to(self.device)
-                if len(columns):
-                    a = max(4.0, 0.1 * len(columns))
-                    squares = (self._theta_KD[k, columns] ** 2 + variance_D[columns]).sum()
-                    self._variance_KG[k, i] = (squares + a * start_G[i]) / (len(columns) + a)
+    def _core_mean(self) -> Tensor:
+        """Return the served coefficients of the core, (D,) float32."""
+        return (self._weight_K.to(self.device) @ self.core.theta_KD).float()
 
-    def _factor_of(self, k: int) -> Tensor:
-        factor = self._factor[k]
-        if factor is None:
-            factor = self._factor[k] = self._cholesky(self._H_KDD[k], self._precision(k)).float().contiguous()
-        return factor
-
-    def mean(self) -> Tensor:
-        """Return the served coefficients, (D,) float32."""
-        return (self._weight_K @ self._theta_KD).float()
-
-    def draw(self, num_draws: int, rng: torch.Generator) -> Tensor:
-        """Return M posterior draws of the coefficients, (M, D) float32, spread by `thompson_scale`."""
+    def _core_draws(self, num_draws: int, rng: torch.Generator) -> Tensor:
+        """Return M posterior draws of the core's coefficients, (M, D) float32, spread by `thompson_scale`."""
         # Stratified: a memory of weight w gets M w draws, up to one.
         place_M = (torch.rand((), generator=rng, dtype=torch.float64) + torch.arange(num_draws)) / num_draws
-        memory_M = torch.searchsorted(self._weight_K.cumsum(0).cpu(), place_M.clamp(max=1.0 - 1e-9))
+        memory_M = torch.searchsorted(self._weight_K.cumsum(0), place_M.clamp(max=1.0 - 1e-9))
         memory_M = memory_M.clamp(max=len(self._weight_K) - 1).to(self.device)
         normal_DM = torch.randn(self.layout.size, num_draws, generator=rng).to(self.device)
-        out_MD = self.mean().repeat(num_draws, 1)
-        for k in range(len(self._weight_K)):
-            of_M = memory_M == k
-            if of_M.any():
-                noise_DM = torch.linalg.solve_triangular(self._factor_of(k).T, normal_DM[:, of_M], upper=True)
-                out_MD[of_M] += self.settings.thompson_scale * noise_DM.T
-        return out_MD
+        return self._core_mean() + self.settings.thompson_scale * self.core.noise(memory_M, normal_DM)
 
-    def effects(self, theta_D: Tensor, *, content_size: int, num_elements: int) -> dict[str, Tensor]:
-        """Return coefficients (..., D) as the tensors of a snapshot, zeros where no coefficient exists.
-
-        Returns:
-            bias (...), product (..., P), context (..., C), content (..., S, F), content_context (..., S, F, C),
-            content_pair (..., Q, F, F), element (..., E), with F = `content_size` and E = `num_elements`.
-        """
+    def _core_effects(self, theta_D: Tensor) -> dict[str, Tensor]:
+        """Return coefficients (..., D) by group, in the groups' shapes."""
+        columns = {name: index.flatten().to(self.device) for name, index in self.layout.columns.items()}
         lead = theta_D.shape[:-1]
-        out = {
-            name: theta_D[..., self.layout.columns[name].flatten().to(self.device)].reshape(*lead, *shape)
-            for name, shape in self.layout.shapes.items()
-        }
-        free = content_size - self.layout.content
-        out["bias"] = out["bias"][..., 0]
-        out["content"] = torch.nn.functional.pad(out["content"], (0, free))
-        out["content_context"] = torch.nn.functional.pad(out["content_context"], (0, 0, 0, free))
-        out["content_pair"] = torch.nn.functional.pad(out["content_pair"], (0, free, 0, free))
-        out["element"] = torch.nn.functional.pad(out["element"], (0, num_elements - self.layout.elements))
-        return out
+        return {name: theta_D[..., columns[name]].reshape(*lead, *shape) for name, shape in self.layout.shapes.items()}
 
-    def credits(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Return the credit of each slot's element and its posterior standard deviation, both (N, S), in logits.
+    def effects(self, num_draws: int, rng: torch.Generator, *, content_size: int, num_products: int) -> Effects:
+        """Return what a snapshot holds of the model.
 
-        The credits of a row add up to the creative part of its logit; pair terms are shared half and half. The variance
-        is that of the mixture of memories: the weighted mean of their variances.
+        Args:
+            num_draws: M.
+            rng: Decides the draws.
+            content_size: F of the snapshot; zeros where the model uses fewer numbers.
+            num_products: P.
         """
-        x, layout = design(rows, self.layout), self.layout
-        dense, size = layout.dense_size, layout.size
-        X_ND = torch.cat([x.dense, x.dense.new_zeros(len(rows), size + 1 - dense)], 1)
-        X_ND.scatter_(1, x.hot + dense, 1.0)
-        credits, deviations = [], []
-        for slot in range(layout.slots):
-            share_D = torch.zeros(size + 1, device=self.device)
-            for name in ("content", "content_context"):
-                share_D[layout.columns[name][slot].flatten().to(self.device)] = 1.0
-            for q in range(layout.shapes["content_pair"][0]):
-                if slot in _pair(q):
-                    share_D[layout.columns["content_pair"][q].flatten().to(self.device)] = 0.5
-            part_ND = X_ND * share_D
-            own_N = x.hot[:, 1 + slot] + dense
-            part_ND.scatter_(1, own_N[:, None], 1.0)
-            part_ND = part_ND[:, :size]
-            credits.append(part_ND @ self.mean())
-            spread = [
-                torch.linalg.solve_triangular(self._factor_of(k), part_ND.T, upper=False).square().sum(0)
-                for k in range(len(self._factor))
-            ]
-            deviations.append((self._weight_K.float() @ torch.stack(spread)).sqrt())
-        return torch.stack(credits, 1), torch.stack(deviations, 1)
+        free = content_size - self.layout.content
+
+        def wide(theta_D: Tensor) -> dict[str, Tensor]:
+            core = self._core_effects(theta_D)
+            pad = torch.nn.functional.pad
+            return core | {
+                "content": pad(core["content"], (0, free)),
+                "content_context": pad(core["content_context"], (0, 0, 0, free)),
+            }
+
+        weight_K = self._weight_K.numpy()
+        now = self.num_examples
+        product, _ = self.rest.now("product", num_products, now)
+        element, element_variance = self.rest.now("element", self._num_elements, now)
+        pair, _ = self.rest.now("pair", len(self.rest.pairs), now)
+        root_EFF = np.zeros((self._num_elements, content_size, content_size))
+        mean_EF = np.zeros((self._num_elements, content_size))
+        size = self.layout.content
+        root_EFF[:, :size, :size] = self.traits.roots(self._num_elements)
+        mean_EF[:, :size] = self.traits.means(self._num_elements)
+        return Effects(
+            mean=wide(self._core_mean()),
+            draws=wide(self._core_draws(num_draws, rng)),
+            product=np.tensordot(weight_K, product, 1).astype(np.float32),
+            element=np.tensordot(weight_K, element, 1).astype(np.float32),
+            element_sd=np.sqrt(np.tensordot(weight_K, element_variance, 1)).astype(np.float32),
+            trait=mean_EF.astype(np.float32),
+            trait_root=root_EFF.astype(np.float32),
+            pairs=self.rest.pairs,
+            pair=np.tensordot(weight_K, pair, 1)[:, 0].astype(np.float32),
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything learned, for a checkpoint."""
-        return {
-            "statistics": self._H_KDD,
-            "pushes": self._g_KD,
-            "theta": self._theta_KD,
-            "weights": self._weight_K,
-            "variances": self._variance_KG,
-            # The factor cannot be computed again from the rest: the prior variances may have moved since.
-            **{f"factor.{k}": factor for k, factor in enumerate(self._factor) if factor is not None},
-        }
+        parts = {"core": self.core.tensors(), "rest": self.rest.tensors(), "traits": self.traits.tensors()}
+        return {"weights": self._weight_K} | {f"{p}.{n}": w for p, part in parts.items() for n, w in part.items()}
 
     def state(self) -> dict[str, Any]:
         """Return the rest of a checkpoint, JSON-able."""
-        layout = self.layout
         return {
-            "layout": [layout.slots, layout.content, layout.context, layout.products, layout.elements],
+            "core": self.core.state(),
             "num_examples": self.num_examples,
-            "num_jittered": self.num_jittered,
             "variance_due": self._variance_due,
+            "num_elements": self._num_elements,
         }
 
     def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Take the place of the model that a checkpoint holds."""
-        self.layout = Layout(*state["layout"])
-        self.num_examples, self.num_jittered = state["num_examples"], state["num_jittered"]
-        self._variance_due = state["variance_due"]
-        on = {name: tensor.to(self.device) for name, tensor in tensors.items()}
-        self._H_KDD, self._g_KD, self._theta_KD = on["statistics"], on["pushes"], on["theta"]
-        self._weight_K, self._variance_KG = on["weights"], on["variances"]
-        self._factor = [on.get(f"factor.{k}") for k in range(len(self._weight_K))]
-
-
-def _pair(q: int) -> tuple[int, int]:
-    """Return the slots (s, t), s < t, of pair q = t (t - 1) / 2 + s."""
-    t = (1 + math.isqrt(1 + 8 * q)) // 2
-    return q - t * (t - 1) // 2, t
+        parts: dict[str, dict[str, Tensor]] = {"core": {}, "rest": {}, "traits": {}}
+        for name, tensor in tensors.items():
+            part, _, own = name.partition(".")
+            if part in parts:
+                parts[part][own] = tensor
+        self.core.restore(parts["core"], state["core"])
+        self.rest.restore(parts["rest"])
+        self.traits.restore(parts["traits"])
+        self._weight_K = tensors["weights"]
+        self.num_examples, self._variance_due = state["num_examples"], state["variance_due"]
+        self._num_elements = state["num_elements"]
 
 
 def provisional_weight(probability_N: Tensor, late_share: float) -> Tensor:

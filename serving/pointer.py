@@ -61,7 +61,8 @@ class Pointer:
         self.slot_Sd = weights["slot"]
         self.context_SdC = np.ascontiguousarray(weights["context"].transpose(0, 2, 1))
         # (S, d, S d): what a key chosen in one slot adds to the queries of all slots, as one matrix.
-        self.chosen_SdX = np.ascontiguousarray(weights["chosen"].transpose(0, 2, 1, 3)).reshape(*self.slot_Sd.shape, -1)
+        chosen_SdSd = np.ascontiguousarray(weights["chosen"].transpose(0, 2, 1, 3))
+        self.chosen_SdX = chosen_SdSd.reshape(*self.slot_Sd.shape, self.slot_Sd.size)
         self.hidden = weights["hidden_in"], weights["hidden_bias"], weights["hidden_out"]
 
     def keys(self, content_AF: FloatArray, element_A: IntArray) -> FloatArray:
@@ -96,7 +97,7 @@ class Pointer:
 
     def _visits(self, asked: Asked, chosen_NRT: IntArray) -> Iterator[Visit]:
         """Go through the slots of each request in its order; a choice counts as made once the visit is over."""
-        num_requests, num_proposals, _ = chosen_NRT.shape
+        num_proposals = chosen_NRT.shape[1]
         base_NSd = self._base(asked)
         h_NRSd = np.repeat(base_NSd[:, None], num_proposals, 1)
         order_NT = self._order(asked, base_NSd)

@@ -10,12 +10,15 @@ The starts follow from snapshot and request alone (a hash of both drives the pro
 coin of eps follow from the request's seed. So pi is a fact about (snapshot, request), the logged propensity is exact,
 and a decision can be repeated bit for bit. Slot propensities count how many e^(m) share the choices of earlier slots.
 
-The logit of creative e under one draw, with z(e) the content numbers of an element:
+The logit of creative e under one draw, with z(e) what the draw sees in an element (its content and its traits):
 
-    bias + product + context + sum_s [ z_s . (w_s + V_s context) + own(e_s) ] + sum_{s<t} z_s' W_st z_t
+    bias + context + product . (1, context)
+      + sum_s [ z_s . (w_s + V_s context) + own(e_s) + by_context(e_s) . context ]
+      + sum_{s<t} [ z_s' W_st z_t + pair(e_s, e_t) ]
 
-The pair terms enter a search as the *pull* of a choice on the other slots, W_st z_t, so time and memory of a request
-are linear in the sum of its candidates, times M; no table of pairs of candidates exists.
+The pairs of content enter a search as the *pull* of a choice on the other slots, W_st z_t, so time and memory of a
+request are linear in the sum of its candidates, times M. The effects of single pairs of elements need a table of a
+card's candidates; it is kept where it is small (`serving.search.MAX_PAIRED`).
 
 Shapes: N requests of one shape, M draws (L = M + 1 with the posterior mean last), S slots of the vocabulary, T slots of
 a request, A candidates of a slot, R starts, F content numbers, C context columns, K cards kept.
@@ -40,6 +43,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.effects import Effects
 from serving.pointer import VARIANTS, Pointer
 from serving.refine import relay
 from serving.search import Card, Deck, Problem, Shape
@@ -67,16 +71,18 @@ class PolicySettings:
     """Share of the traffic that stays uniform over the candidates, in [0, 1]."""
     thompson_scale: float = 0.2
     """Spread of the draws in posterior standard deviations; undone where uncertainty is shown."""
-    proposals: int = 32
+    proposals: int = 16
     """Creatives that the generator proposes for a request; the draws start from them in turn. 0: each starts from its
     best main effects."""
     temperature: float = 2.0
     """Above 1 the proposals differ more than the generator's own samples: the draws then find more, together."""
-    max_sweeps: int = 4
-    """Passes of coordinate ascent over the slots before the draws exchange what they found; fewer where nothing
-    moves."""
     variant: str = "autoregressive"
     """How the generator proposes, see `serving.pointer`."""
+    max_sweeps: int = 4
+    """Passes of coordinate ascent over the slots before the draws exchange what they found; it stops earlier where
+    nothing moves."""
+    noise_seed: int = 0
+    """Decides what the draws believe of single elements, see `serving.effects`."""
 
     def __post_init__(self) -> None:
         """Refuse what no policy can play."""
@@ -182,25 +188,8 @@ class Policy:
         """
         self.spec, self.settings, self._identity = spec, settings, identity.encode()
         _check_sizes(spec, tensors)
-        self.num_draws = len(tensors["draws.bias"])
-        both = {
-            name: np.concatenate([tensors[f"draws.{name}"], tensors[f"mean.{name}"][None]])
-            for name in ("content", "content_context", "content_pair", "element")
-        }
-        num_slots, size = len(spec.slots), spec.content_size
-        self._content_LSF = both["content"]
-        self._content_context_LSFC = np.ascontiguousarray(both["content_context"])
-        self._element_LE = np.pad(both["element"], ((0, 0), (0, 1)))
-        self._pull_SFLSF = np.zeros((num_slots, size, self.num_draws + 1, num_slots, size), np.float32)
-        for t in range(num_slots):
-            for s in range(t):
-                pair_LFF = both["content_pair"][:, t * (t - 1) // 2 + s]
-                self._pull_SFLSF[s, :, :, t] = pair_LFF.transpose(1, 0, 2)
-                self._pull_SFLSF[t, :, :, s] = pair_LFF.transpose(2, 0, 1)
-        self._element_content_EF = np.pad(tensors["element_content"], ((0, 1), (0, 0)))
-        self._bias = float(tensors["mean.bias"])
-        self._product_P = np.append(tensors["mean.product"], np.float32(0))
-        self._context_C = tensors["mean.context"]
+        self._effects = Effects(tensors, settings.thompson_scale, settings.noise_seed)
+        self.num_draws = self._effects.num_draws
         self.pointer = Pointer(
             {n.removeprefix("generator."): w for n, w in tensors.items() if n.startswith("generator.")},
             settings.variant,
@@ -262,7 +251,7 @@ class Policy:
                     slot_propensities=dict(zip(card.names, slot_propensities, strict=True)),
                     propensity=propensity,
                     holdout=holdout,
-                    expected_ctr=solved.expected_ctr(places),
+                    expected_ctr=self._expected_ctr(request, solved, places),
                 )
             )
         return choices
@@ -294,7 +283,7 @@ class Policy:
             ValueError: If the creative does not fill each slot with one of its candidates.
         """
         (solved,) = self._solve([request])
-        return solved.expected_ctr(solved.card.places(creative))
+        return self._expected_ctr(request, solved, solved.card.places(creative))
 
     def winners(self, requests: Sequence[DecisionRequest]) -> list[IntArray]:
         """Return for each request the (M, T) places of e^(m) among the candidates of its slots."""
@@ -308,20 +297,36 @@ class Policy:
         """
         (solved,) = self._solve([request])
         places = solved.card.places(creative)
-        with self._lock:
-            deck, (row,) = self._deal([solved.card])
-            context_NC = self.spec.context_matrix([request.context])
-            main = [main_NLA[0] for main_NLA in deck.main(np.array([row]), self._context_weights(context_NC))]
-            pull_LTF = np.sum([deck.pull_of(t, row, place) for t, place in enumerate(places)], axis=0)
-            out = {}
-            for t, place in enumerate(places):
-                share_LA = main[t] + 0.5 * (pull_LTF[:, t] @ deck.content[t][row].T)
-                credit_L = share_LA[:, place]
-                sd = float(credit_L[:-1].std()) / self.settings.thompson_scale
-                name, ids = solved.card.names[t], solved.card.elements[t]
-                uplift = float(credit_L[-1] - share_LA[-1].mean())
-                out[name] = Credit(element_id=ids[place], credit=float(credit_L[-1]), uplift=uplift, sd=sd)
+        out = {}
+        for t, share_LA in enumerate(self._shares(request, solved.card, places)):
+            credit_L = share_LA[:, places[t]]
+            name, ids = solved.card.names[t], solved.card.elements[t]
+            out[name] = Credit(
+                element_id=ids[places[t]],
+                credit=float(credit_L[-1]),
+                uplift=float(credit_L[-1] - share_LA[-1].mean()),
+                sd=float(credit_L[:-1].std()) / self.settings.thompson_scale,
+            )
         return out
+
+    def _shares(self, request: DecisionRequest, card: Card, places: Sequence[int]) -> list[FloatArray]:
+        """Return the credits (L, A) of every candidate of each slot, the other slots filled with `places`."""
+        with self._lock:
+            deck, (row,) = self._deal([card])
+            context_1C = self.spec.context_matrix([request.context])
+            main = deck.main(np.array([row]), self._effects.context_weights(context_1C), context_1C)
+            return deck.shares(row, [main_NLA[0] for main_NLA in main], places)
+
+    def _expected_ctr(self, request: DecisionRequest, solved: _Solved, places: Sequence[int]) -> float:
+        """Return the click probability under the posterior mean."""
+        (same_M,) = (solved.winners == np.asarray(places)).all(1).nonzero()
+        if len(same_M):
+            creative = float(solved.logits[same_M[0]])
+        else:
+            shares = self._shares(request, solved.card, places)
+            creative = sum(float(share_LA[-1, a]) for share_LA, a in zip(shares, places, strict=True))
+        logit = solved.appeal + creative
+        return 1.0 / (1.0 + math.exp(-min(max(logit, -30.0), 30.0)))
 
     def _propensities(self, solved: _Solved, places: Sequence[int]) -> tuple[list[float], float]:
         agree_T = np.logical_and.accumulate(solved.winners == np.asarray(places), axis=1).sum(0).tolist()
@@ -368,7 +373,7 @@ class Policy:
                 np.array([element_index.get((slot, e), -1) for e in ids], np.int64)
                 for slot, ids in zip(slots, elements, strict=True)
             ]
-            content = [self._element_content_EF[rows] for rows in index]
+            content = [self._effects.content_of(rows) for rows in index]
             for t, ids in enumerate(elements):
                 for a, element_id in enumerate(ids):
                     # Known from an impression but not yet from the catalog counts as unknown here.
@@ -385,7 +390,8 @@ class Policy:
         if deck is None:
             while len(self._decks) >= MAX_DECKS:
                 self._decks.popitem(last=False)
-            deck = Deck(card.shape, self.num_draws + 1, self.spec.content_size, self.pointer.width)
+            sizes = self.num_draws + 1, self.spec.content_size, self.pointer.width, len(self.spec.context)
+            deck = Deck(card.shape, *sizes)
             self._decks[card.shape] = deck
         return deck
 
@@ -408,58 +414,59 @@ class Policy:
         known = [s for s in card.slots if s >= 0]
         targets = [t for t, s in enumerate(card.slots) if s >= 0]
         is_whole = card.slots == tuple(range(len(self.spec.slots)))
+        effects = self._effects
         for t, slot in enumerate(card.slots):
             content_AF, index_A = card.content[t], card.index[t]
-            deck.content[t][row] = content_AF
             deck.keys[t][row] = self.pointer.keys(content_AF, index_A)
+            content_LAF = deck.content[t][row] = effects.drawn(content_AF, index_A)
             base_LA, pull_ALTF = deck.base[t][row], deck.pulls[t][row]
             if slot < 0:
                 base_LA[:] = 0.0
                 pull_ALTF[:] = 0.0
+                deck.by_context[t][row] = 0.0
+                deck.pairs[t][row] = 0.0
                 continue
-            base_LA[:] = self._content_LSF[:, slot] @ content_AF.T + self._element_LE[:, index_A]
-            pull_ALSF = np.tensordot(content_AF, self._pull_SFLSF[slot], 1)
+            weights_LF1 = effects.content_LSF[:, slot, :, None]
+            base_LA[:] = np.matmul(content_LAF, weights_LF1)[..., 0] + effects.own(index_A)
+            deck.by_context[t][row] = effects.by_context(index_A)
+            num_draws, size, num_slots, _ = effects.pull_SLFSF[slot].shape
+            flat_LFZ = effects.pull_SLFSF[slot].reshape(num_draws, size, num_slots * size)
+            pull_LAZ = np.matmul(content_LAF, flat_LFZ)
+            pull_ALSF = pull_LAZ.reshape(num_draws, -1, num_slots, size).transpose(1, 0, 2, 3)
             if is_whole:  # the common case, without a detour over indices
                 pull_ALTF[:] = pull_ALSF
             else:
                 pull_ALTF[:] = 0.0
                 pull_ALTF[:, :, targets] = pull_ALSF[:, :, known]
-
-    def _context_weights(self, context_NC: FloatArray) -> FloatArray:
-        """Return what the contexts add to the content weights, (N, L, S, F)."""
-        num_draws, num_slots, size, columns = self._content_context_LSFC.shape
-        # One product for each request, not one for all: its rounding must not depend on who else is asking.
-        flat = self._content_context_LSFC.reshape(num_draws * num_slots * size, columns)
-        weights_NLSF: FloatArray = np.matmul(flat, context_NC[:, :, None])
-        return weights_NLSF.reshape(len(context_NC), num_draws, num_slots, size)
+            if deck.has_pairs:
+                pairs_AB = effects.pairs(index_A, np.concatenate(card.index))
+                pairs_AB[:, deck.spans[t]] = 0.0
+                deck.pairs[t][row] = pairs_AB
 
     def problem(self, request: DecisionRequest) -> Problem:
-        """Return what a search of one request works on: for benchmarks of searches."""
+        """Return what a search of one request works on, until the next one is prepared: for benchmarks of searches."""
         with self._lock:
             card_key, _ = _request_key(request)
             return self._problem([request], [self._card(card_key, request)])
 
     def _problem(self, requests: Sequence[DecisionRequest], cards: Sequence[Card]) -> Problem:
+        """Return requests of one shape, ready to be searched."""
         deck, rows = self._deal(cards)
         rows_N = np.array(rows)
         context_NC = self.spec.context_matrix([request.context for request in requests])
         product_N = np.array([self.spec.product_index.get(request.product_id, -1) for request in requests])
-        return Problem(deck, rows_N, deck.main(rows_N, self._context_weights(context_NC)), product_N, context_NC)
+        main = deck.main(rows_N, self._effects.context_weights(context_NC), context_NC)
+        return Problem(deck, rows_N, main, product_N, context_NC)
 
     def _search(self, items: Sequence[tuple[bytes, tuple[DecisionRequest, Card]]]) -> dict[bytes, _Solved]:
         """Find e^(m) of every draw for requests of one shape."""
         cards = [card for _, (_, card) in items]
         problem = self._problem([request for _, (request, _) in items], cards)
         winners_NMT = relay(problem, self._starts([key for key, _ in items], problem), self.settings.max_sweeps)
-        appeal_N = self._bias + self._product_P[problem.product] + problem.context @ self._context_C
+        logit_NM = problem.on_mean().values(winners_NMT[:, None])[:, 0]
+        appeal = self._effects.appeal
         return {
-            key: _Solved(
-                card,
-                winners_NMT[n],
-                [main_NLA[n, -1] for main_NLA in problem.main],
-                problem.deck.mean_pulls(int(problem.rows[n])),
-                float(appeal_N[n]),
-            )
+            key: _Solved(card, winners_NMT[n], logit_NM[n], appeal(int(problem.product[n]), problem.context[n]))
             for n, (key, (_, card)) in enumerate(items)
         }
 
@@ -486,20 +493,10 @@ class _Solved:
     card: Card
     winners: IntArray
     """(M, T) places of e^(m) among the candidates."""
-    main: list[FloatArray]
-    """(A,) main effects of each slot's candidates under the posterior mean."""
-    pulls: list[FloatArray]
-    """(A, T, F) pulls of each slot's candidates under the posterior mean."""
+    logits: FloatArray
+    """(M,) creative logits of these under the posterior mean."""
     appeal: float
     """Logit of the product and the context alone."""
-
-    def expected_ctr(self, places: Sequence[int]) -> float:
-        """Return the click probability under the posterior mean."""
-        pull_TF = sum(pulls[a] for pulls, a in zip(self.pulls, places, strict=True))
-        logit = self.appeal
-        for t, a in enumerate(places):
-            logit += float(self.main[t][a]) + 0.5 * float(self.card.content[t][a] @ pull_TF[t])
-        return 1.0 / (1.0 + math.exp(-min(max(logit, -30.0), 30.0)))
 
 
 def _request_key(request: DecisionRequest) -> tuple[bytes, bytes]:
@@ -535,21 +532,25 @@ def _uniform_places(unit: Sequence[float], elements: Sequence[Sequence[str]]) ->
 
 
 def _check_sizes(spec: FeatureSpec, tensors: Mapping[str, NDArray[Any]]) -> None:
-    num_slots = len(spec.slots)
-    num_draws, rows, size = *tensors["draws.bias"].shape, *tensors["element_content"].shape
-    found = {
+    num_slots, num_elements, columns = len(spec.slots), len(spec.elements), len(spec.context)
+    num_draws = len(tensors["draws.content"])
+    pairs = tensors["mean.content_pair"].shape
+    found: dict[str, tuple[bool, int, int | str]] = {
         "draws": (num_draws >= 1, num_draws, "at least 1"),
-        "elements": (rows == len(spec.elements), rows, len(spec.elements)),
-        "content size": (size == spec.content_size, size, spec.content_size),
+        "content numbers in pairs": (pairs[1] <= spec.content_size, pairs[1], f"at most {spec.content_size}"),
+        "pairs of elements": (len(tensors["pairs"]) == 8 * len(tensors["pair"]), len(tensors["pairs"]), "8 bytes each"),
     }
-    for name, axis, want in (
-        ("context", 1, len(spec.context)),
-        ("product", 1, len(spec.products)),
-        ("content", 1, num_slots),
-        ("content_pair", 1, num_slots * (num_slots - 1) // 2),
-        ("element", 1, len(spec.elements)),
+    for name, tensor, axis, want in (
+        ("elements", "element_content", 0, num_elements),
+        ("content size", "element_content", 1, spec.content_size),
+        ("slots", "mean.content", 0, num_slots),
+        ("pairs of slots", "mean.content_pair", 0, num_slots * (num_slots - 1) // 2),
+        ("context columns", "mean.context", 0, columns),
+        ("products", "product", 0, len(spec.products)),
+        ("columns of element", "element", 1, 1 + columns),
+        ("columns of product", "product", 1, 1 + columns),
     ):
-        got = tensors[f"draws.{name}"].shape[axis]
+        got = tensors[tensor].shape[axis]
         found[name] = got == want, got, want
     for name, (ok, got, expected) in found.items():
         if not ok:

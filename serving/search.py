@@ -21,8 +21,11 @@ from serving.pointer import Asked
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
 
-DECK_BYTES = 64 * 1024 * 1024
+DECK_BYTES = 256 * 1024 * 1024
 MAX_CARDS = 4096
+MAX_PAIRED = 160
+"""Candidates of a card, over all slots, up to which the effects of pairs of elements are searched: they take a table of
+the square of it. Wider cards are searched by content, main effects and pairs of content alone."""
 
 Shape = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -65,38 +68,66 @@ class Card:
 class Deck:
     """Prepared cards of one shape, in arrays with one row a card."""
 
-    def __init__(self, shape: Shape, num_draws: int, content_size: int, key_size: int) -> None:
-        self.slots, sizes = shape
-        num_slots = len(sizes)
-        card_bytes = 4 * sum(sizes) * (num_draws * (1 + num_slots * content_size) + content_size + key_size)
+    def __init__(self, shape: Shape, num_draws: int, content_size: int, key_size: int, num_columns: int) -> None:
+        self.slots, self.sizes = shape
+        num_slots, total = len(self.sizes), sum(self.sizes)
+        self.has_pairs = total <= MAX_PAIRED
+        numbers = num_draws * (1 + content_size + num_slots * content_size) + num_columns + key_size
+        card_bytes = 4 * total * (numbers + (total if self.has_pairs else 0))
         self.capacity = max(1, min(MAX_CARDS, DECK_BYTES // card_bytes))
         self.rows: dict[bytes, int] = {}
+        k, sizes = self.capacity, self.sizes
         # np.empty: memory is taken from the system when a row is first written.
-        self.content = [np.empty((self.capacity, a, content_size), np.float32) for a in sizes]
-        self.keys = [np.empty((self.capacity, a, key_size), np.float32) for a in sizes]
-        self.base = [np.empty((self.capacity, num_draws, a), np.float32) for a in sizes]
+        self.content = [np.empty((k, num_draws, a, content_size), np.float32) for a in sizes]
+        """(K, L, A, F): content of a candidate as each draw sees it."""
+        self.keys = [np.empty((k, a, key_size), np.float32) for a in sizes]
+        self.base = [np.empty((k, num_draws, a), np.float32) for a in sizes]
         """(K, L, A): main effect of a candidate without context."""
-        self.pulls = [np.empty((self.capacity, a, num_draws, num_slots, content_size), np.float32) for a in sizes]
+        self.by_context = [np.empty((k, a, num_columns), np.float32) for a in sizes]
+        """(K, A, C): effect of the candidate itself with each context column."""
+        self.pulls = [np.empty((k, a, num_draws, num_slots, content_size), np.float32) for a in sizes]
         """(K, A, L, T, F): what choosing a candidate adds to the content weights of every slot."""
+        self.pairs = [np.empty((k, a, total if self.has_pairs else 0), np.float32) for a in sizes]
+        """(K, A, all candidates): what choosing a candidate adds to each candidate of every slot."""
+        ends = np.cumsum(sizes).tolist()
+        self.spans = [slice(end - a, end) for end, a in zip(ends, sizes, strict=True)]
+        """Which of all candidates are those of a slot."""
 
-    def main(self, rows_N: IntArray, weights_NLSF: FloatArray) -> list[FloatArray]:
-        """Return the main effects (N, L, A) of each slot's candidates, given what the contexts add to the weights."""
+    def main(self, rows_N: IntArray, weights_NLSF: FloatArray, context_NC: FloatArray) -> list[FloatArray]:
+        """Return the main effects (N, L, A) of each slot's candidates.
+
+        Args:
+            rows_N: Cards.
+            weights_NLSF: What the contexts add to the content weights.
+            context_NC: The contexts.
+        """
         out = []
         for t, slot in enumerate(self.slots):
             base_NLA = self.base[t][rows_N]
             if slot >= 0:
-                base_NLA += np.matmul(weights_NLSF[:, :, slot], self.content[t][rows_N].transpose(0, 2, 1))
+                weights_NLF1 = weights_NLSF[:, :, slot, :, None]
+                base_NLA += np.matmul(self.content[t][rows_N], weights_NLF1)[..., 0]
+                base_NLA += np.matmul(self.by_context[t][rows_N], context_NC[:, :, None])[:, None, :, 0]
             out.append(base_NLA)
         return out
 
-    def pull_of(self, t: int, row: int, place: int) -> FloatArray:
-        """Return what one choice adds to the content weights of every slot, (L, T, F)."""
-        pull_LTF: FloatArray = self.pulls[t][row, place]
-        return pull_LTF
+    def shares(self, row: int, main: Sequence[FloatArray], places: Sequence[int]) -> list[FloatArray]:
+        """Return the credit (L, A) of every candidate of each slot, the other slots filled as they are.
 
-    def mean_pulls(self, row: int) -> list[FloatArray]:
-        """Return copies of a card's pulls under the posterior mean, (A, T, F) for each slot."""
-        return [pulls[row, :, -1].copy() for pulls in self.pulls]
+        Pair terms are shared half and half, so the credits of the chosen ones add up to the creative logit.
+
+        Args:
+            row: The card.
+            main: (L, A) main effects of each slot's candidates.
+            places: What is chosen.
+        """
+        pull_LTF = np.sum([self.pulls[t][row, place] for t, place in enumerate(places)], axis=0)
+        beside = np.sum([self.pairs[t][row, place] for t, place in enumerate(places)], axis=0)
+        out = []
+        for t, main_LA in enumerate(main):
+            share_LA = main_LA + 0.5 * np.matmul(self.content[t][row], pull_LTF[:, t, :, None])[..., 0]
+            out.append(share_LA + 0.5 * beside[self.spans[t]] if self.has_pairs else share_LA)
+        return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,100 +153,127 @@ class Problem:
     @property
     def num_draws(self) -> int:
         """M."""
-        return self.main[0].shape[1] - 1
+        num_all: int = self.main[0].shape[1]
+        return num_all - 1
 
     def on_draws(self) -> Ascent:
         """Return the search under each of the M draws."""
-        return Ascent(self.deck, self.rows, [np.ascontiguousarray(main_NLA[:, :-1]) for main_NLA in self.main])
+        return Ascent(self.deck, self.rows, self.main, slice(0, -1))
 
     def on_mean(self) -> Ascent:
         """Return the search under the posterior mean alone, as if it were the only draw."""
-        main = [np.ascontiguousarray(main_NLA[:, -1:]) for main_NLA in self.main]
-        return Ascent(self.deck, self.rows, main, first_draw=self.num_draws)
+        return Ascent(self.deck, self.rows, self.main, slice(-1, None))
 
 
 class Ascent:
     """Searches the best creatives of N requests under each of M draws."""
 
-    def __init__(self, deck: Deck, rows_N: IntArray, main: Sequence[FloatArray], first_draw: int = 0) -> None:
-        """Take the prepared cards and their main effects (N, M, A) in their contexts, M draws from the first one on."""
+    def __init__(self, deck: Deck, rows_N: IntArray, main: Sequence[FloatArray], draws: slice) -> None:
+        """Take the prepared cards and their main effects (N, L, A) in their contexts, and which draws to look at."""
         self.num_scores = 0
         """Scores of single elements that were needed so far; a start at rest needs none."""
-        self._main = main
-        self._content = [content_KAF[rows_N] for content_KAF in deck.content]
-        num_requests, num_draws = main[0].shape[:2]
         _, _, all_draws, self._num_slots, self._size = deck.pulls[0].shape
+        draw_L = np.arange(all_draws)[draws]
+        self._spans = deck.spans
+        self._content = [content_KLAF[rows_N][:, draws] for content_KLAF in deck.content]
+        self._main = [np.ascontiguousarray(main_NLA[:, draws]) for main_NLA in main]
         # Gathers go through flat views: np.take of rows took 1.5 us where indexing by arrays took 1.9 (32 x 2 rows);
         # row = first + candidate * stride.
         self._flat_pulls = [p.reshape(-1, self._num_slots, self._size) for p in deck.pulls]
         self._flat_content = [c.reshape(-1, self._size) for c in self._content]
-        self._flat_main = [m.reshape(-1) for m in main]
-        draw_M, request_N = np.arange(num_draws), np.arange(num_requests)
+        self._flat_main = [m.reshape(-1) for m in self._main]
+        first_NL = np.arange(len(rows_N) * len(draw_L)).reshape(len(rows_N), -1)
         self._stride = all_draws
-        self._first_pull = [
-            (rows_N[:, None] * p.shape[1] * all_draws + first_draw + draw_M)[:, :, None] for p in deck.pulls
-        ]
-        self._first_content = [(request_N * c.shape[1])[:, None, None] for c in self._content]
-        self._first_main = [((request_N[:, None] * num_draws + draw_M) * m.shape[2])[:, :, None] for m in main]
+        self._first_pull = [(rows_N[:, None] * p.shape[1] * all_draws + draw_L)[:, :, None] for p in deck.pulls]
+        self._first_place = [(first_NL * m.shape[2])[:, :, None] for m in main]
+        self._flat_pairs = [p.reshape(-1, p.shape[2]) for p in deck.pairs] if deck.has_pairs else None
+        self._first_pair = [(rows_N * p.shape[1])[:, None, None] for p in deck.pairs]
 
-    def _pull(self, t: int, chosen_NMR: IntArray) -> FloatArray:
-        """Return what choices in slot t add to the content weights of every slot, (N, M, R, T, F)."""
-        return np.take(self._flat_pulls[t], self._first_pull[t] + chosen_NMR * self._stride, axis=0)
+    def _pull(self, t: int, chosen_NLR: IntArray) -> FloatArray:
+        """Return what choices in slot t add to the content weights of every slot, (N, L, R, T, F)."""
+        return np.take(self._flat_pulls[t], self._first_pull[t] + chosen_NLR * self._stride, axis=0)
 
-    def _values(self, chosen_NMRT: IntArray, total_NMRTF: FloatArray) -> FloatArray:
-        """Return the creative logits (N, M, R); the pulls count each pair twice, hence the half."""
-        value: FloatArray = np.zeros(chosen_NMRT.shape[:3], np.float32)
-        content_NMRTF = np.empty_like(total_NMRTF)
-        for t in range(self._num_slots):
-            chosen_NMR = chosen_NMRT[..., t]
-            value += np.take(self._flat_main[t], self._first_main[t] + chosen_NMR)
-            content_NMRTF[:, :, :, t] = np.take(self._flat_content[t], self._first_content[t] + chosen_NMR, axis=0)
-        content_NMRTF *= total_NMRTF
-        value += 0.5 * content_NMRTF.reshape(*value.shape, -1).sum(-1)
+    def _beside(self, t: int, chosen_NLR: IntArray) -> FloatArray | None:
+        """Return what choices in slot t add to every candidate as its partners, (N, L, R, all candidates)."""
+        if self._flat_pairs is None:
+            return None
+        return np.take(self._flat_pairs[t], self._first_pair[t] + chosen_NLR, axis=0)
+
+    def values(self, chosen_NLRT: IntArray) -> FloatArray:
+        """Return the creative logits (N, L, R) of R creatives on each draw."""
+        slots = range(self._num_slots)
+        total_NLRTF = sum((self._pull(t, chosen_NLRT[..., t]) for t in slots[1:]), self._pull(0, chosen_NLRT[..., 0]))
+        self.num_scores += chosen_NLRT.size
+        value = self._values(chosen_NLRT, total_NLRTF, None)
+        if self._flat_pairs is not None:
+            # Single numbers, where an ascent takes the rows of all partners: here nothing else is asked of them.
+            for t, pairs in enumerate(self._flat_pairs):
+                row_NLR = (self._first_pair[t] + chosen_NLRT[..., t]) * pairs.shape[1]
+                for s in range(t):
+                    value += np.take(pairs.reshape(-1), row_NLR + (self._spans[s].start + chosen_NLRT[..., s]))
         return value
 
-    def values(self, chosen_NMRT: IntArray) -> FloatArray:
-        """Return the creative logits of R creatives on each draw, (N, M, R)."""
-        total_NMRTF = self._pull(0, chosen_NMRT[..., 0])
-        for t in range(1, self._num_slots):
-            total_NMRTF += self._pull(t, chosen_NMRT[..., t])
-        self.num_scores += chosen_NMRT.size
-        return self._values(chosen_NMRT, total_NMRTF)
+    def _values(self, chosen_NLRT: IntArray, total_NLRTF: FloatArray, beside: FloatArray | None) -> FloatArray:
+        """Return the creative logits (N, L, R); pulls and partners count each pair twice, hence the half."""
+        value: FloatArray = np.zeros(chosen_NLRT.shape[:3], np.float32)
+        content_NLRTF = np.empty_like(total_NLRTF)
+        for t in range(self._num_slots):
+            chosen_NLR = chosen_NLRT[..., t]
+            place = self._first_place[t] + chosen_NLR
+            value += np.take(self._flat_main[t], place)
+            content_NLRTF[:, :, :, t] = np.take(self._flat_content[t], place, axis=0)
+            if beside is not None:
+                partners = beside[..., self._spans[t]]
+                value += 0.5 * np.take_along_axis(partners, chosen_NLR[..., None], -1)[..., 0]
+        content_NLRTF *= total_NLRTF
+        value += 0.5 * content_NLRTF.reshape(*value.shape, -1).sum(-1)
+        return value
 
-    def best(self, chosen_NMRT: IntArray) -> IntArray:
-        """Return the best of R creatives on each draw, (N, M, T)."""
-        return _best(chosen_NMRT, self.values(chosen_NMRT))
+    def best(self, chosen_NLRT: IntArray) -> IntArray:
+        """Return the best of R creatives on each draw, (N, L, T)."""
+        return _best(chosen_NLRT, self.values(chosen_NLRT))
 
-    def climb(self, start_NMRT: IntArray, max_sweeps: int) -> IntArray:
-        """Improve R starts, slot by slot, until nothing moves; return the best end on each draw, (N, M, T)."""
-        chosen_NMRT = start_NMRT.copy()
-        num_requests, num_draws, num_starts, num_slots = chosen_NMRT.shape
-        pulls = [self._pull(t, chosen_NMRT[..., t]) for t in range(num_slots)]
-        total_NMRTF: FloatArray = sum(pulls[1:], start=pulls[0].copy())
+    def climb(self, start_NLRT: IntArray, max_sweeps: int) -> IntArray:
+        """Improve R starts, slot by slot, until nothing moves; return the best end on each draw, (N, L, T)."""
+        chosen_NLRT = start_NLRT.copy()
+        num_slots = chosen_NLRT.shape[3]
+        pulls = [self._pull(t, chosen_NLRT[..., t]) for t in range(num_slots)]
+        partners = [self._beside(t, chosen_NLRT[..., t]) for t in range(num_slots)]
+        total_NLRTF: FloatArray = sum(pulls[1:], start=pulls[0].copy())
+        beside = _sum(partners)
         # Steps since a start last moved; one that no slot moved any more is at rest for good.
-        still_NMR = np.zeros(chosen_NMRT.shape[:3], np.int64)
+        still_NLR = np.zeros(chosen_NLRT.shape[:3], np.int64)
         for step in range(max_sweeps * num_slots):
             t = step % num_slots
-            weights_NKF = total_NMRTF[:, :, :, t].reshape(num_requests, num_draws * num_starts, self._size)
-            value = np.matmul(weights_NKF, self._content[t].transpose(0, 2, 1))
-            value = value.reshape(num_requests, num_draws, num_starts, -1) + self._main[t][:, :, None]
-            self.num_scores += int((still_NMR < num_slots).sum()) * value.shape[3]
-            best_NMR = value.argmax(-1)
-            moved_NMR = best_NMR != chosen_NMRT[..., t]
-            still_NMR = np.where(moved_NMR, 1, still_NMR + 1)
+            value = np.matmul(total_NLRTF[:, :, :, t], self._content[t].transpose(0, 1, 3, 2))
+            value += self._main[t][:, :, None]
+            if beside is not None:
+                value += beside[..., self._spans[t]]
+            self.num_scores += int((still_NLR < num_slots).sum()) * value.shape[3]
+            best_NLR = value.argmax(-1)
+            moved_NLR = best_NLR != chosen_NLRT[..., t]
+            still_NLR = np.where(moved_NLR, 1, still_NLR + 1)
             # A request that has come to rest adds exact zeros while others in the batch still move.
-            if moved_NMR.any():
-                chosen_NMRT[..., t] = best_NMR
-                pull = self._pull(t, best_NMR)
-                total_NMRTF += pull - pulls[t]
+            if moved_NLR.any():
+                chosen_NLRT[..., t] = best_NLR
+                pull, partner = self._pull(t, best_NLR), self._beside(t, best_NLR)
+                total_NLRTF += pull - pulls[t]
                 pulls[t] = pull
-            elif (still_NMR >= num_slots).all():
+                if beside is not None and partner is not None:
+                    beside += partner - partners[t]
+                    partners[t] = partner
+            elif (still_NLR >= num_slots).all():
                 break
-        return _best(chosen_NMRT, self._values(chosen_NMRT, total_NMRTF))
+        return _best(chosen_NLRT, self._values(chosen_NLRT, total_NLRTF, beside))
 
 
-def _best(chosen_NMRT: IntArray, value_NMR: FloatArray) -> IntArray:
-    num_starts, num_slots = chosen_NMRT.shape[2:]
-    first_NM = np.arange(value_NMR[..., 0].size).reshape(value_NMR.shape[:2]) * num_starts
-    rows: IntArray = np.take(chosen_NMRT.reshape(-1, num_slots), first_NM + value_NMR.argmax(-1), axis=0)
+def _sum(parts: Sequence[FloatArray | None]) -> FloatArray | None:
+    arrays = [part for part in parts if part is not None]
+    return sum(arrays[1:], start=arrays[0].copy()) if arrays else None
+
+
+def _best(chosen_NLRT: IntArray, value_NLR: FloatArray) -> IntArray:
+    num_starts, num_slots = chosen_NLRT.shape[2:]
+    first_NL = np.arange(value_NLR[..., 0].size).reshape(value_NLR.shape[:2]) * num_starts
+    rows: IntArray = np.take(chosen_NLRT.reshape(-1, num_slots), first_NL + value_NLR.argmax(-1), axis=0)
     return rows

@@ -5,8 +5,9 @@ Once both have been read to their ends, the newest clock goes on with the wall c
 broker last said that there is nothing more: when it is silent the watermark stands still, for the clicks that nobody
 can read yet are not late. A topic that has been read to its end trails the newest clock by `idle_timeout_ms` at most,
 so an idle partition, or one with rare clicks, delays no label; an event may be that late on its way before it counts as
-late. With `idle_timeout_ms` 0 the watermark moves by events and marks alone: a replay then gives the same labels at any
-speed.
+late. It trails by the age of the broker's answer besides: while impressions are read again in bulk after a restart, an
+answer of some seconds ago says nothing of the clicks of these seconds. With `idle_timeout_ms` 0 the watermark moves by
+events and marks alone: a replay then gives the same labels at any speed.
 """
 
 from __future__ import annotations
@@ -50,15 +51,14 @@ class EventClock:
         if not self._clock_ms or self._read_at_ms is None:
             return None
         newest = max(self._clock_ms.values())
-        trails: int | None = None
-        if self._idle_timeout_ms:
-            if len(read_until_ms) == len(JOIN_TOPICS):
-                newest += max(0, min(read_until_ms.values()) - self._read_at_ms)
-            trails = newest - self._idle_timeout_ms
+        if self._idle_timeout_ms and len(read_until_ms) == len(JOIN_TOPICS):
+            newest += max(0, min(read_until_ms.values()) - self._read_at_ms)
         clocks: list[int] = []
         for topic in JOIN_TOPICS:
             clock = self._clock_ms.get(topic)
-            if trails is not None and topic in read_until_ms:
+            if self._idle_timeout_ms and topic in read_until_ms:
+                age_ms = max(0, self._read_at_ms - read_until_ms[topic])
+                trails = newest - self._idle_timeout_ms - age_ms
                 clock = trails if clock is None else max(clock, trails)
             if clock is None:
                 return self.watermark_ms

@@ -39,7 +39,7 @@ def run(
     scene = Scene(num_slots, num_candidates, seed)
     started = time.process_time()
     learner = scene.learn(impressions, generator or GeneratorSettings(), say)
-    policy = learner.policy("bench")
+    policy = learner.policy()
     result: dict[str, Any] = {
         "slots": num_slots,
         "candidates": num_candidates,
@@ -48,7 +48,7 @@ def run(
         "draws": policy.num_draws,
         "coefficients": learner.reward_model.layout.size,
         "learning_cpu_s": time.process_time() - started,
-        "generator_steps": learner.generator.num_steps,
+        "generator_steps": learner.generator.optimizer.num_steps,
     }
     return result | {"kinds": {kind: _measure(scene, policy, kind, requests, say) for kind in KINDS}}
 
@@ -57,7 +57,7 @@ def _measure(scene: Scene, policy: Policy, kind: str, num: int, say: Callable[[s
     rows: dict[tuple[str, str], list[tuple[float, float, float, float]]] = {}
     for i, asked in enumerate(scene.requests(kind, num)):
         request = Request(policy, policy.problem(asked), np.random.default_rng([scene.seed, 4, i]))
-        reference = request.ascent(REFERENCE_STARTS)
+        reference = request.ascents(REFERENCE_STARTS)
         best, best_mean = request.rewards(reference.winners)
         floor, floor_mean = request.rewards(request.random(policy.num_draws, 1)[0, :, 0])
         found = {}

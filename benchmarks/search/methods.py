@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
 from serving.policy import Policy
+from serving.refine import exchange
 from serving.search import FloatArray, IntArray, Problem
 
 UNTIL_REST = 64
@@ -43,19 +45,18 @@ class Request:
         shape = 1, num_draws, num_starts
         return np.stack([self._rng.integers(size, size=shape) for size in self.sizes], -1)
 
-    def proposals(self, num: int) -> tuple[IntArray, float]:
+    def proposals(self, num: int, temperature: float = 1.0) -> tuple[IntArray, float]:
         """Return creatives of the generator, (1, R, T), and what they cost."""
-        deck, rows = self.problem.deck, self.problem.rows
-        keys = [keys_KAd[rows] for keys_KAd in deck.keys]
         uniform = self._rng.random((1, num, len(self.sizes)))
-        proposed = self._pointer.propose(deck.slots, keys, self.problem.product, self.problem.context, uniform)
-        return proposed, num * sum(self.sizes)
+        # In parallel the scores are the same for all proposals.
+        times = 1 if self._pointer.variant == "parallel" else num
+        return self._pointer.propose(self.problem.asked, uniform, temperature), times * sum(self.sizes)
 
     def main_effects(self) -> IntArray:
         """Return the best elements by main effect on each draw, (1, M, 1, T)."""
         return np.stack([main[:, :-1].argmax(-1) for main in self.problem.main], -1)[:, :, None]
 
-    def ascent(self, num_starts: int) -> Found:
+    def ascents(self, num_starts: int) -> Found:
         """Coordinate ascent from random starts until it rests."""
         ascent = self.problem.on_draws()
         winners = ascent.climb(self.random(self.num_draws, num_starts), UNTIL_REST)
@@ -71,9 +72,8 @@ class Request:
         """Search under the posterior mean from random starts, then a few sweeps on each draw."""
         ascent = self.problem.on_mean()
         best = ascent.climb(self.random(1, num_starts), UNTIL_REST)
-        return self._on_draws(
-            np.broadcast_to(best[:, :, None], (1, self.num_draws, 1, len(self.sizes))), sweeps, ascent.num_scores
-        )
+        starts = np.broadcast_to(best[:, :, None], (1, self.num_draws, 1, len(self.sizes)))
+        return self._on_draws(starts, sweeps, ascent.num_scores)
 
     def best_proposal(self, num: int) -> Found:
         """The best of some proposals on each draw, as it is."""
@@ -98,16 +98,68 @@ class Request:
         on_mean = self.problem.on_mean().values(winners[None, None])
         return on_draws, float(on_mean.mean())
 
+    def served(self, num: int, sweeps: int, *, temperature: float = 2.0) -> Found:
+        """Proposals as the served policy uses them, see `serving.refine`."""
+        proposed, cost = self.proposals(num, temperature)
+        return self._relay(proposed, sweeps, cost)
 
-METHODS: dict[str, dict[str, Callable[[Request], Found]]] = {
-    "ascent from random starts": {f"{n}": lambda r, n=n: r.ascent(n) for n in (1, 2, 6, 16)},  # type: ignore[misc]
-    "ascent from main effects": {f"{k} sweeps": lambda r, k=k: r.greedy(k) for k in (1, 2, 4, 8)},  # type: ignore[misc]
-    "mean from random starts, a sweep on each draw": {
-        f"{n}": lambda r, n=n: r.mean_then_draws(n, 1)
-        for n in (1, 2, 6, 16)  # type: ignore[misc]
+    def random_relay(self, num: int, sweeps: int) -> Found:
+        """The relay of the served policy from random starts: what it is worth without a generator."""
+        return self._relay(self.random(1, num)[0], sweeps, 0)
+
+    def _relay(self, start: IntArray, sweeps: int, shared: float) -> Found:
+        draws, mean = self.problem.on_draws(), self.problem.on_mean()
+        found = draws.climb(start[:, np.arange(self.num_draws) % start.shape[1], None], sweeps)
+        winners = exchange(draws, mean, found)
+        return Found(winners[0], (shared + mean.num_scores + draws.num_scores) / self.num_draws)
+
+
+Search = Callable[[Request], Found]
+
+METHODS: dict[str, dict[str, Search]] = {
+    "ascents from random starts": {
+        "1 start": lambda request: request.ascents(1),
+        "2 starts": lambda request: request.ascents(2),
+        "6 starts": lambda request: request.ascents(6),
+        "16 starts": lambda request: request.ascents(16),
     },
-    "best proposal": {f"{n}": lambda r, n=n: r.best_proposal(n) for n in (1, 4, 16, 64)},  # type: ignore[misc]
-    "best proposal, a sweep": {f"{n}": lambda r, n=n: r.refined_proposal(n, 1) for n in (1, 4, 16, 64)},  # type: ignore[misc]
+    "ascent from the best main effects": {
+        "1 sweep": lambda request: request.greedy(1),
+        "4 sweeps": lambda request: request.greedy(4),
+    },
+    "posterior mean from random starts, then a sweep on each draw": {
+        "1 start": lambda request: request.mean_then_draws(1, 1),
+        "6 starts": lambda request: request.mean_then_draws(6, 1),
+        "16 starts": lambda request: request.mean_then_draws(16, 1),
+    },
+    "relay from random starts": {
+        "1 sweep": lambda request: request.random_relay(32, 1),
+        "2 sweeps": lambda request: request.random_relay(32, 2),
+        "4 sweeps": lambda request: request.random_relay(32, 4),
+        "to rest": lambda request: request.random_relay(32, UNTIL_REST),
+    },
+    "best proposal": {
+        "of 1": lambda request: request.best_proposal(1),
+        "of 4": lambda request: request.best_proposal(4),
+        "of 16": lambda request: request.best_proposal(16),
+        "of 64": lambda request: request.best_proposal(64),
+    },
+    "best proposal, then a sweep": {
+        "of 1": lambda request: request.refined_proposal(1, 1),
+        "of 4": lambda request: request.refined_proposal(4, 1),
+        "of 16": lambda request: request.refined_proposal(16, 1),
+    },
+    "relay from proposals": {
+        "8, 1 sweep": lambda request: request.served(8, 1),
+        "16, 1 sweep": lambda request: request.served(16, 1),
+        "16, 2 sweeps": lambda request: request.served(16, 2),
+        "16, 4 sweeps": lambda request: request.served(16, 4),
+        "32, 4 sweeps": lambda request: request.served(32, 4),
+        "32, 4 sweeps, temperature 1": lambda request: request.served(32, 4, temperature=1.0),
+    },
 }
 """Family -> setting -> search."""
-FULL = ("ascent from random starts", "16")
+FULL: Final = ("ascents from random starts", "16 starts")
+"""The full search, whose reward is to be had for a tenth."""
+SERVED: Final = ("relay from proposals", "16, 4 sweeps")
+"""What the policy does by default."""

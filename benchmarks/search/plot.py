@@ -34,6 +34,6 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     for panel in panels[-1]:
         panel.set_xlabel("scores of an element, for each draw")
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
     figure.suptitle("gray: 16 random starts (line), and a tenth of its evaluations (dots)", fontsize=10)
     figure.savefig(path, dpi=90)

@@ -143,7 +143,7 @@ class Scene:
             new_A[:num_new] = self.num_known + rng.permutation(self.num_candidates)[:num_new]
         ids = self._ids(candidates_SA)
         content = {element: self.elements[element] for row in ids.values() for element in row}
-        context = _context(rng.integers(len(DEVICES)), rng.integers(len(SEGMENTS)), rng.integers(24))
+        context = _context(int(rng.integers(len(DEVICES))), int(rng.integers(len(SEGMENTS))), int(rng.integers(24)))
         return DecisionRequest(f"p{product}", context, ids, content)
 
     def learn(self, impressions: int, generator: GeneratorSettings, say: Callable[[str], None]) -> OnlineLearner:

@@ -4,14 +4,18 @@ Whoever loads a snapshot trusts nothing: `verify` checks length, sha256 and HMAC
 `unpack_tensors` checks the header of the blob (size, names, dtypes, shapes, layout) before the library reads it, and
 every number afterwards. Nothing here can execute what it reads.
 
-Shapes: M posterior draws, S slots, Q = S (S - 1) / 2 slot pairs, F content numbers an element, C context columns,
-P products, E elements, d width of the generator, h width of its hidden layer, B bytes of JSON.
-Pair (s, t), s < t, has index q = t (t - 1) / 2 + s, so a new slot appends pairs and moves none.
+Shapes: M posterior draws, S slots, Q = S (S - 1) / 2 slot pairs, F content numbers an element, of which the first G
+stand in pairs, C context columns, D = 1 + C, P products, E elements, R pairs of elements, d width of the generator, h
+width of its hidden layer, B bytes of JSON. Pair (s, t), s < t, has index q = t (t - 1) / 2 + s, so a new slot appends
+pairs and moves none.
 
-    draws.bias (M,)  draws.product (M, P)  draws.context (M, C)  draws.content (M, S, F)
-    draws.content_context (M, S, F, C)  draws.content_pair (M, Q, F, F)  draws.element (M, E)
-    mean.*                   the same of the posterior mean, without M
+    draws.content (M, S, F)  draws.content_context (M, S, F, C)  draws.content_pair (M, Q, G, G)
+    mean.*                   the same of the posterior mean, without M; and mean.bias (1,), mean.context (C,)
+    product (P, D)           effect of a product, alone and with each context column
+    element (E, D)           the same of an element; element_sd (E, D): posterior standard deviations
     element_content (E, F)   content of every known element
+    trait (E, F)             what clicks add to it; trait_root (E, F, F): lower Cholesky factor of the covariance
+    pair (R,)                effects of pairs of elements; pairs (8 R,): uint8, their indices, see `pack_pairs`
     generator.*              weights of the pointer, see `serving.pointer`
     vocabulary (B,)          uint8: JSON of the `FeatureSpec`; here, so that the header stays small
     settings (B,)            uint8: JSON of how the policy is played (epsilon, Thompson scale, starts, sweeps)
@@ -33,7 +37,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors_numpy
 
-FORMAT = "genco-snapshot-1"
+FORMAT = "genco-snapshot-2"
 MAX_HEADER_BYTES = 64 * 1024
 MAX_BLOB_BYTES = 256 * 1024 * 1024
 _BYTES = {"F32": 4, "U8": 1}
@@ -149,23 +153,28 @@ class TensorSpec:
     dims: tuple[Dimension, ...]
 
 
-def _effects(prefix: str, lead: tuple[Dimension, ...]) -> dict[str, TensorSpec]:
+def _core(prefix: str, lead: tuple[Dimension, ...]) -> dict[str, TensorSpec]:
     dims: dict[str, tuple[Dimension, ...]] = {
-        "bias": (),
-        "product": ("P",),
-        "context": ("C",),
         "content": ("S", "F"),
         "content_context": ("S", "F", "C"),
-        "content_pair": ("Q", "F", "F"),
-        "element": ("E",),
+        "content_pair": ("Q", "G", "G"),
     }
     return {f"{prefix}.{name}": TensorSpec("F32", lead + tail) for name, tail in dims.items()}
 
 
 SNAPSHOT_TENSORS: dict[str, TensorSpec] = {
-    **_effects("draws", ("M",)),
-    **_effects("mean", ()),
+    **_core("draws", ("M",)),
+    **_core("mean", ()),
+    "mean.bias": TensorSpec("F32", (1,)),
+    "mean.context": TensorSpec("F32", ("C",)),
+    "product": TensorSpec("F32", ("P", "D")),
+    "element": TensorSpec("F32", ("E", "D")),
+    "element_sd": TensorSpec("F32", ("E", "D")),
     "element_content": TensorSpec("F32", ("E", "F")),
+    "trait": TensorSpec("F32", ("E", "F")),
+    "trait_root": TensorSpec("F32", ("E", "F", "F")),
+    "pair": TensorSpec("F32", ("R",)),
+    "pairs": TensorSpec("U8", ("pairs_bytes",)),
     "generator.content": TensorSpec("F32", ("F", "d")),
     "generator.element": TensorSpec("F32", ("E", "d")),
     "generator.slot": TensorSpec("F32", ("S", "d")),
@@ -178,7 +187,17 @@ SNAPSHOT_TENSORS: dict[str, TensorSpec] = {
     "vocabulary": TensorSpec("U8", ("vocabulary_bytes",)),
     "settings": TensorSpec("U8", ("settings_bytes",)),
 }
-"""The tensors of format 1, all of them required and no others allowed."""
+"""The tensors of format 2, all of them required and no others allowed."""
+
+
+def pack_pairs(pairs_R2: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Return pairs of element indices as the bytes of little-endian 32-bit integers, (8 R,)."""
+    return np.frombuffer(pairs_R2.astype("<i4").tobytes(), np.uint8)
+
+
+def unpack_pairs(data: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Return what `pack_pairs` packed, (R, 2)."""
+    return np.frombuffer(data.tobytes(), "<i4").reshape(-1, 2).astype(np.int64)
 
 
 def pack_tensors(tensors: Mapping[str, NDArray[Any]]) -> bytes:

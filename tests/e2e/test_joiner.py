@@ -106,6 +106,7 @@ def test_schema_incident_opens_the_breaker_and_nothing_is_lost(tmp_path: Path, k
         scene.wait_until(lambda: all(scene.committed()[p] > o for p, o in read_before.items()), "commits afterwards")
 
 
+@pytest.mark.long
 def test_memory_limit_stops_the_reading_and_nothing_else(tmp_path: Path, kafka_servers: dict[str, str]) -> None:
     port, limit_mib = free_port(), 16
     settings = {"attribution_window_ms": 600_000, "label_wait_ms": 1_000, "stall_timeout_ms": 10_000}

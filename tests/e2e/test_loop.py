@@ -78,6 +78,7 @@ def test_loop_on_kafka_container_learns_and_balances(tmp_path: Path, containeriz
     run_and_check(tmp_path, containerized_kafka)
 
 
+@pytest.mark.long
 def test_processes_killed_are_restarted_and_nothing_is_lost(tmp_path: Path) -> None:
     with running_demo(tmp_path) as watch:
         supervisor = watch.loop.supervisor

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from learner import online
 from learner.online import LearnerSettings, OnlineLearner
 from serving.policy import Choice, DecisionRequest, Policy, UniformPolicy
 from streams.contracts.catalog import Element, Product
@@ -237,6 +238,48 @@ def test_late_clicks_are_learned_and_move_the_late_share() -> None:
     assert report.metrics["ctr"] == pytest.approx(clicked.sum() / 400)
 
 
+def test_late_click_replaces_the_loss_of_the_negative_that_it_was() -> None:
+    learner = learner_of()
+    (batch,) = batches(1, 50)
+    batch.label[:] = 0
+    batch.label_kind[:] = ["provisional"] * 50
+    learner.update(batch)
+    before = learner.newest_validation
+    assert (before.num_examples, before.num_clicks) == (50, 0)
+    late = batch.take([7])
+    late.label[:] = 1
+    late.label_kind[:] = ["late_positive"]
+    learner.update(late)
+    correction = learner.newest_validation
+    assert (correction.num_examples, correction.num_clicks, correction.expected_clicks) == (0, 1, 0)
+    # -log p + log(1 - p), at the probability of now: positive as long as a click is less likely than none.
+    odds = np.exp(-correction.log_loss)
+    assert 0 < odds / (1 + odds) < 0.2
+    assert learner.metrics()["log_loss"] == pytest.approx((before.log_loss + correction.log_loss) / 50)
+
+
+@pytest.mark.parametrize("size", [50, 299, 1_000])
+def test_generator_makes_a_step_for_so_many_examples_whatever_the_updates_are(
+    monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    steps = []
+    real = online.train_step
+
+    def counted(*arguments: Any) -> Any:
+        steps.append(learner.num_updates)
+        return real(*arguments)
+
+    monkeypatch.setattr(online, "train_step", counted)
+    learner = learner_of()
+    for batch in batches(-(-1_000 // size), size):
+        learner.update(batch)
+    learned = learner.reward_model.num_examples
+    assert len(steps) == learned // SMALL.generator.examples_per_step
+    restored = learner_of()
+    restored.restore(*learner.state())
+    assert restored._stepless == learned % SMALL.generator.examples_per_step
+
+
 def test_new_products_slots_and_elements_are_learned_without_a_catalog() -> None:
     learner = learner_of()
     (batch,) = batches(1, 60)
@@ -249,7 +292,7 @@ def test_new_products_slots_and_elements_are_learned_without_a_catalog() -> None
     assert learner.update(batch).num_learned == 60
     tensors = unpack_tensors(snapshot_of(learner).blob)
     assert tensors["draws.content"].shape[1] == 4
-    assert tensors["draws.product"].shape[1] == 7
+    assert tensors["product"].shape[0] == 7
 
 
 def test_flood_of_names_is_counted_and_bounded() -> None:
@@ -260,7 +303,8 @@ def test_flood_of_names_is_counted_and_bounded() -> None:
     report = learner.update(batch)
     assert report.skipped["unknown_product"] > 0
     assert report.skipped["unknown_context"] > 0
-    assert learner.reward_model.layout.products == 3
+    assert len(learner.features.freeze().products) == 3
+    assert learner.reward_model.layout.context == 5
 
 
 def test_learner_follows_the_process_settings() -> None:

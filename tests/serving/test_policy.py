@@ -11,7 +11,14 @@ import pytest
 from serving.policy import DecisionRequest, Policy, PolicySettings, UniformPolicy
 from streams.contracts.catalog import Element
 from streams.contracts.features import GrowingFeatureSpec
-from streams.contracts.snapshot import GateVerdict, SnapshotError, SnapshotManifest, pack_tensors
+from streams.contracts.snapshot import (
+    GateVerdict,
+    SnapshotError,
+    SnapshotManifest,
+    pack_pairs,
+    pack_tensors,
+    unpack_pairs,
+)
 
 SLOTS = {"title": ("t0", "t1", "t2"), "image": ("i0", "i1"), "tag": ("g0", "g1", "g2", "g3")}
 DRAWS, WIDTH, HIDDEN = 12, 5, 7
@@ -34,14 +41,19 @@ def tensors_of(seed: int = 0, scale: float = 0.6) -> dict[str, np.ndarray[Any, A
     spec = spec_of()
     num_slots, size, num_elements = len(spec.slots), spec.content_size, len(spec.elements)
     columns, products, pairs = len(spec.context), len(spec.products), num_slots * (num_slots - 1) // 2
+    width = size - 1  # fewer numbers stand in pairs
     shapes = {
-        "bias": (),
-        "product": (products,),
-        "context": (columns,),
         "content": (num_slots, size),
         "content_context": (num_slots, size, columns),
-        "content_pair": (pairs, size, size),
-        "element": (num_elements,),
+        "content_pair": (pairs, width, width),
+    }
+    particular = {
+        "mean.bias": (1,),
+        "mean.context": (columns,),
+        "product": (products, 1 + columns),
+        "element": (num_elements, 1 + columns),
+        "trait": (num_elements, size),
+        "trait_root": (num_elements, size, size),
     }
     generator = {
         "content": (size, WIDTH),
@@ -57,8 +69,12 @@ def tensors_of(seed: int = 0, scale: float = 0.6) -> dict[str, np.ndarray[Any, A
     out = {f"mean.{name}": scale * rng.standard_normal(shape) for name, shape in shapes.items()}
     out |= {f"draws.{n}": out[f"mean.{n}"] + 0.5 * scale * rng.standard_normal((DRAWS, *s)) for n, s in shapes.items()}
     out |= {f"generator.{name}": 0.4 * rng.standard_normal(shape) for name, shape in generator.items()}
+    out |= {name: scale * rng.standard_normal(shape) for name, shape in particular.items()}
     out["element_content"] = 0.5 * rng.standard_normal((num_elements, size))
-    return {name: np.asarray(array, np.float32) for name, array in out.items()}
+    out["element_sd"] = scale * rng.random((num_elements, 1 + columns))
+    together = np.array([(0, 3), (4, 1), (2, 6)])
+    out["pair"] = scale * rng.standard_normal(len(together))
+    return {name: np.asarray(array, np.float32) for name, array in out.items()} | {"pairs": pack_pairs(together)}
 
 
 def policy_of(epsilon: float = 0.1, **changes: Any) -> Policy:
@@ -78,16 +94,24 @@ def logit(
     tensors: dict[str, np.ndarray[Any, Any]], request: DecisionRequest, creative: dict[str, str], m: int
 ) -> float:
     """The creative logit of draw m, written down from the definition."""
-    spec = spec_of()
+    spec, settings = spec_of(), PolicySettings()
     context = spec.context_row(request.context)
     chosen = [(spec.slot_index[s], spec.element_index[spec.slot_index[s], e]) for s, e in creative.items()]
-    content = tensors["element_content"]
+    num_elements, size = tensors["element_content"].shape
+    normal = np.random.default_rng(settings.noise_seed).standard_normal((num_elements, size + 1, DRAWS), np.float32)
+    normal = settings.thompson_scale * normal[:, :, m]
+    content, own = tensors["element_content"] + tensors["trait"], tensors["element"][:, 0].copy()
+    content = content + np.einsum("efg,eg->ef", tensors["trait_root"], normal[:, :size])
+    own += tensors["element_sd"][:, 0] * normal[:, size]
+    pairs = dict(zip(map(frozenset, unpack_pairs(tensors["pairs"]).tolist()), tensors["pair"], strict=True))
     total = 0.0
     for s, e in chosen:
         weights = tensors["draws.content"][m, s] + tensors["draws.content_context"][m, s] @ context
-        total += float(content[e] @ weights + tensors["draws.element"][m, e])
+        total += float(content[e] @ weights + own[e] + tensors["element"][e, 1:] @ context)
     for (s, a), (t, b) in itertools.combinations(sorted(chosen), 2):
-        total += float(content[a] @ tensors["draws.content_pair"][m, t * (t - 1) // 2 + s] @ content[b])
+        pair = tensors["draws.content_pair"][m, t * (t - 1) // 2 + s]
+        total += float(content[a][: len(pair)] @ pair @ content[b][: len(pair)])
+        total += float(pairs.get(frozenset((a, b)), 0.0))
     return total
 
 
@@ -177,7 +201,7 @@ def test_content_in_the_request_speaks_for_an_unseen_element() -> None:
     """The best content there is under the mean, with only content effects, must win over one without content."""
     tensors = tensors_of()
     for name in tensors:
-        if name.endswith((".content_pair", ".content_context", ".element")):
+        if name.endswith(("content_pair", "content_context", "element", "element_sd", "trait", "trait_root", "pair")):
             tensors[name] = np.zeros_like(tensors[name])
         if name.startswith("draws.") and name.removeprefix("draws.") in ("content",):
             tensors[name] = np.repeat(tensors["mean.content"][None], DRAWS, 0)
@@ -203,19 +227,35 @@ def test_slots_of_one_card_may_come_in_any_order() -> None:
 
 def test_credits_add_up_to_the_creative_logit_of_the_mean() -> None:
     tensors = tensors_of()
-    policy, request, creative = policy_of(), request_of(), creatives()[7]
+    for name in ("trait_root", "element_sd"):
+        tensors[name] = np.zeros_like(tensors[name])
+    request, creative = request_of(), creatives()[7]
+    policy, doubled = (Policy(spec_of(), tensors, PolicySettings(thompson_scale=scale), "sha") for scale in (0.2, 0.4))
     credits = policy.credits(request, creative)
     mean = {name.replace("mean.", "draws."): w[None] for name, w in tensors.items() if name.startswith("mean.")}
-    whole = logit(mean | {"element_content": tensors["element_content"]}, request, creative, 0)
+    whole = logit(tensors | mean, request, creative, 0)
     assert sum(c.credit for c in credits.values()) == pytest.approx(whole, abs=1e-4)
-    appeal = tensors["mean.bias"] + tensors["mean.product"][1]
-    appeal = appeal + spec_of().context_row(request.context) @ tensors["mean.context"]
-    expected = 1 / (1 + math.exp(-(whole + float(appeal))))
+    context = spec_of().context_row(request.context)
+    appeal = float(tensors["mean.bias"][0] + tensors["product"][1, 0])
+    appeal += float(context @ (tensors["mean.context"] + tensors["product"][1, 1:]))
+    expected = 1 / (1 + math.exp(-(whole + appeal)))
     assert policy.expected_ctr(request, creative) == pytest.approx(expected, abs=1e-5)
+    for choice in policy.choose([request_of(seed) for seed in range(8)]):
+        assert choice.expected_ctr == pytest.approx(policy.expected_ctr(request, choice.creative), abs=1e-6)
     assert all(credit.sd > 0 for credit in credits.values())
     # The draws are spread by the Thompson scale; what is shown is the posterior's own deviation.
-    doubled = policy_of(thompson_scale=0.4).credits(request, creative)
-    assert doubled["title"].sd == pytest.approx(credits["title"].sd / 2)
+    assert doubled.credits(request, creative)["title"].sd == pytest.approx(credits["title"].sd / 2)
+
+
+def test_effects_of_pairs_are_left_out_of_wide_cards_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, creative = tensors_of(), creatives()[0]
+    index = [spec_of().element_index[s, e] for s, e in enumerate(creative.values())]
+    tensors["pairs"], tensors["pair"] = pack_pairs(np.array([index[:2]])), np.array([2.0], np.float32)
+    with_pairs = Policy(spec_of(), tensors, PolicySettings()).credits(request_of(), creative)
+    monkeypatch.setattr("serving.search.MAX_PAIRED", 5)
+    without = Policy(spec_of(), tensors, PolicySettings()).credits(request_of(), creative)
+    shares = {slot: with_pairs[slot].credit - without[slot].credit for slot in creative}
+    assert list(shares.values()) == pytest.approx([1.0, 1.0, 0.0], abs=1e-5)
 
 
 def test_caches_stay_bounded_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,7 +338,7 @@ def test_snapshot_decides_like_the_policy_it_was_made_of() -> None:
         (lambda: blob_of(tensors_of()), {"feature_spec_hash": "other"}),
         (lambda: blob_of({k: w for k, w in tensors_of().items() if k != "mean.bias"}), {}),
         (lambda: blob_of(tensors_of() | {"mean.extra": np.zeros(1, np.float32)}), {}),
-        (lambda: blob_of(tensors_of() | {"draws.content_pair": np.zeros((DRAWS, 4, 8, 8), np.float32)}), {}),
+        (lambda: blob_of(tensors_of() | {"draws.content_pair": np.zeros((DRAWS, 4, 7, 7), np.float32)}), {}),
     ],
 )
 def test_snapshot_that_contradicts_itself_is_refused(blob: Any, manifest: dict[str, Any]) -> None:

@@ -422,13 +422,14 @@ def real_blob() -> tuple[bytes, FeatureSpec]:
         content_size=2,
         encoder="hash-1:2",
     )
-    sizes: dict[Any, int] = {"M": 4, "S": 2, "Q": 1, "F": 2, "C": 1, "P": 1, "E": 3, "d": 2, "h": 3}
+    sizes: dict[Any, int] = {1: 1} | dict(zip("MSQFGCDPERdh", (4, 2, 1, 2, 2, 1, 2, 1, 3, 0, 2, 3), strict=True))
     rng = np.random.default_rng(0)
     tensors: dict[str, Any] = {
         name: rng.normal(size=[sizes[dim] for dim in tensor.dims]).astype(np.float32)
         for name, tensor in SNAPSHOT_TENSORS.items()
-        if name not in ("vocabulary", "settings")
+        if tensor.dtype == "F32"
     }
+    tensors["pairs"] = np.empty(0, np.uint8)
     tensors["element_content"][1] = 0.0
     tensors["vocabulary"] = np.frombuffer(spec.to_json(), np.uint8)
     tensors["settings"] = np.frombuffer(b'{"epsilon": 0.05}', np.uint8)

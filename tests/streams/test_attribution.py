@@ -451,10 +451,14 @@ def test_silent_broker_stops_the_watermark_with_its_last_answer() -> None:
     assert clock.advance({IMPRESSIONS: 9999, CLICKS: 1100}) == 5000 + 1000 - 500
 
 
-def test_answer_from_before_the_newest_event_takes_nothing_back() -> None:
+def test_answer_from_before_the_newest_event_vouches_for_no_later_time() -> None:
     clock = EventClock(500)
-    clock.observe(IMPRESSIONS, 5000, 1000)
-    assert clock.advance({IMPRESSIONS: 400, CLICKS: 400}) == 4500
+    clock.observe(CLICKS, 1000, 300)
+    clock.observe(IMPRESSIONS, 5000, 4000)
+    # What was clicked in the three seconds since is in Kafka, and nobody has read it.
+    assert clock.advance({CLICKS: 1000}) == 5000 - 3000 - 500
+    assert clock.advance({IMPRESSIONS: 4100, CLICKS: 3900}) == 5000 - 100 - 500
+    assert clock.advance({IMPRESSIONS: 4100, CLICKS: 1000}) == 5000 - 100 - 500  # never back
 
 
 def test_event_ahead_of_its_record_moves_the_clock_no_further_than_the_record() -> None:

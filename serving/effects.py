@@ -1,0 +1,138 @@
+"""What a snapshot says about elements, under each posterior draw: their content as the draw sees it, and their effects.
+
+A draw is the core's coefficients, which travel drawn, and deviations of what is known of each element, which travel as
+widths: scale times posterior standard deviation times normal numbers that follow from the snapshot's seed.
+
+    z(e) = content(e) + trait(e) + scale root(e) normal       what stands in the core's features
+    own(e) = element(e) + scale sd(e) normal                  effect of the element itself
+
+Effects with the context, and those of pairs of elements, are the posterior means under every draw: drawing them too
+changed no regret that could be measured (`benchmarks/README.md`).
+
+Shapes: M draws, L = M + 1 with the posterior mean last, S slots of the vocabulary, E elements, F content numbers, of
+which the first G stand in pairs, C context columns, A candidates, R pairs of elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streams.contracts.snapshot import unpack_pairs
+
+FloatArray = NDArray[np.float32]
+IntArray = NDArray[np.int64]
+
+
+class Effects:
+    """A snapshot's effects, ready to be looked up.
+
+    Args:
+        tensors: Named and shaped as in `streams.contracts.snapshot`.
+        scale: Spread of the draws in posterior standard deviations.
+        seed: Decides the normal numbers.
+    """
+
+    def __init__(self, tensors: Mapping[str, NDArray[Any]], scale: float, seed: int) -> None:
+        self.num_draws, num_slots, size = tensors["draws.content"].shape
+        both = {
+            name: np.concatenate([tensors[f"draws.{name}"], tensors[f"mean.{name}"][None]])
+            for name in ("content", "content_context", "content_pair")
+        }
+        self.content_LSF: FloatArray = both["content"]
+        self._content_context_LSFC = np.ascontiguousarray(both["content_context"])
+        self.pull_SLFSF = _pulls(both["content_pair"], num_slots, size)
+        # A last row of zeros answers index -1.
+        self._content_EF = np.pad(tensors["element_content"] + tensors["trait"], ((0, 1), (0, 0)))
+        self._element_EC = np.pad(tensors["element"], ((0, 1), (0, 0)))
+        self._noise_LEF, self._own_LE = _noise(tensors, self.num_draws, scale, seed)
+        self._own_LE += self._element_EC[:, 0]
+        self._bias = float(tensors["mean.bias"][0])
+        self._context_C = tensors["mean.context"]
+        self._product_PC = np.pad(tensors["product"], ((0, 1), (0, 0)))
+        self._pairs = _Pairs(unpack_pairs(tensors["pairs"]), tensors["pair"])
+
+    def content_of(self, index_A: IntArray) -> FloatArray:
+        """Return the content of elements under the posterior mean, (A, F); zeros at index -1."""
+        rows: FloatArray = self._content_EF[index_A]
+        return rows
+
+    def drawn(self, content_AF: FloatArray, index_A: IntArray) -> FloatArray:
+        """Return what each draw sees in elements with this content, (L, A, F)."""
+        drawn_LAF: FloatArray = content_AF + self._noise_LEF[:, index_A]
+        return drawn_LAF
+
+    def own(self, index_A: IntArray) -> FloatArray:
+        """Return the effects of elements themselves, (L, A); zeros at index -1."""
+        rows: FloatArray = self._own_LE[:, index_A]
+        return rows
+
+    def by_context(self, index_A: IntArray) -> FloatArray:
+        """Return the effects of elements with each context column, (A, C)."""
+        rows: FloatArray = self._element_EC[index_A, 1:]
+        return rows
+
+    def pairs(self, index_A: IntArray, others_B: IntArray) -> FloatArray:
+        """Return the effects of pairs of elements, (A, B); zeros where a pair has none."""
+        return self._pairs.between(index_A, others_B)
+
+    def context_weights(self, context_NC: FloatArray) -> FloatArray:
+        """Return what contexts add to the weights of the content, (N, L, S, F)."""
+        num_draws, num_slots, size, columns = self._content_context_LSFC.shape
+        # One product for each request, not one for all: its rounding must not depend on who else is asking.
+        flat = self._content_context_LSFC.reshape(num_draws * num_slots * size, columns)
+        weights_NLSF: FloatArray = np.matmul(flat, context_NC[:, :, None])
+        return weights_NLSF.reshape(len(context_NC), num_draws, num_slots, size)
+
+    def appeal(self, product: int, context_C: FloatArray) -> float:
+        """Return the logit of a product in a context, without any creative; index -1 is an unknown product."""
+        of_product = float(self._product_PC[product, 0] + self._product_PC[product, 1:] @ context_C)
+        return self._bias + float(self._context_C @ context_C) + of_product
+
+
+def _pulls(content_pair_LQGG: FloatArray, num_slots: int, size: int) -> FloatArray:
+    """Return (S, L, F, S, F): what a content number in one slot adds to the weights of the numbers of every slot."""
+    num_draws, _, width, _ = content_pair_LQGG.shape
+    pull = np.zeros((num_slots, num_draws, size, num_slots, size), np.float32)
+    for t in range(num_slots):
+        for s in range(t):
+            pair_LGG = content_pair_LQGG[:, t * (t - 1) // 2 + s]
+            pull[s, :, :width, t, :width] = pair_LGG
+            pull[t, :, :width, s, :width] = pair_LGG.transpose(0, 2, 1)
+    return pull
+
+
+def _noise(
+    tensors: Mapping[str, NDArray[Any]], num_draws: int, scale: float, seed: int
+) -> tuple[FloatArray, FloatArray]:
+    """Return deviations of the elements' content (L, E + 1, F) and own effects (L, E + 1); zeros for mean and -1."""
+    root_EFF, sd_E = tensors["trait_root"], tensors["element_sd"][:, 0]
+    num_elements, size, _ = root_EFF.shape
+    normal_EFM = np.random.default_rng(seed).standard_normal((num_elements, size + 1, num_draws), dtype=np.float32)
+    content_LEF = np.zeros((num_draws + 1, num_elements + 1, size), np.float32)
+    own_LE = np.zeros((num_draws + 1, num_elements + 1), np.float32)
+    content_LEF[:-1, :-1] = scale * np.matmul(root_EFF, normal_EFM[:, :size]).transpose(2, 0, 1)
+    own_LE[:-1, :-1] = (scale * sd_E[:, None] * normal_EFM[:, size]).T
+    return content_LEF, own_LE
+
+
+class _Pairs:
+    """Effects of pairs of elements, found by binary search."""
+
+    def __init__(self, pairs_R2: IntArray, effect_R: FloatArray) -> None:
+        code_R = pairs_R2.min(1) << 32 | pairs_R2.max(1) if len(pairs_R2) else np.empty(0, np.int64)
+        order = np.argsort(code_R)
+        self._code_R, self._effect_R = code_R[order], effect_R[order]
+
+    def between(self, index_A: IntArray, others_B: IntArray) -> FloatArray:
+        shape = len(index_A), len(others_B)
+        if not len(self._code_R):
+            return np.zeros(shape, np.float32)
+        low_AB = np.minimum(index_A[:, None], others_B)
+        code_AB = np.where(low_AB >= 0, low_AB << 32 | np.maximum(index_A[:, None], others_B), -1)
+        place_AB = np.searchsorted(self._code_R, code_AB).clip(max=len(self._code_R) - 1)
+        effects: FloatArray = np.where(self._code_R[place_AB] == code_AB, self._effect_R[place_AB], np.float32(0))
+        return effects
