@@ -26,6 +26,7 @@ def add_parser(benches: Any) -> None:
     parser.add_argument("--impressions", type=_from(1_000), default=40_000, metavar="N", help="learned (%(default)s)")
     parser.add_argument("--requests", type=_from(2), default=24, metavar="N", help="asked of each kind (%(default)s)")
     parser.add_argument("--seed", type=_from(0), default=0, metavar="N", help="of the world (%(default)s)")
+    parser.add_argument("--variant", default="autoregressive", metavar="NAME", help="of the generator (%(default)s)")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the curves")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write one JSON object here")
     parser.set_defaults(command=run)
@@ -39,6 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from benchmarks.search import curve
     from genco.folders import require_folder
+    from learner.generator import GeneratorSettings
 
     for path in (arguments.json, arguments.plot):
         require_folder(path)
@@ -49,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
             impressions=arguments.impressions,
             requests=arguments.requests,
             seed=arguments.seed,
+            generator=GeneratorSettings(variant=arguments.variant),
             say=lambda line: print(line, file=sys.stderr, flush=True),  # noqa: T201
         )
         for slots, candidates in arguments.sizes

@@ -27,7 +27,7 @@ def run(
     impressions: int,
     requests: int,
     seed: int = 0,
-    generator: GeneratorSettings | None = None,
+    generator: GeneratorSettings,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Let a learner learn, and measure every search.
@@ -38,11 +38,12 @@ def run(
     """
     scene = Scene(num_slots, num_candidates, seed)
     started = time.process_time()
-    learner = scene.learn(impressions, generator or GeneratorSettings(), say)
+    learner = scene.learn(impressions, generator, say)
     policy = learner.policy()
     result: dict[str, Any] = {
         "slots": num_slots,
         "candidates": num_candidates,
+        "variant": generator.variant,
         "impressions": impressions,
         "requests": requests,
         "draws": policy.num_draws,

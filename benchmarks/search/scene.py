@@ -1,7 +1,7 @@
 """A world with large cards, and a learner that has learned from its traffic.
 
-Of the world's products four in five have traffic, and of the elements of each slot the first `KNOWN_SHARE` x A; the
-rest is new to the learner, so that searches can be asked about products and elements that nobody has shown yet.
+Of the world's products four in five have traffic, and of the elements of each slot the first half; the rest is new to
+the learner, so that searches can be asked about products and elements that nobody has shown yet.
 Uniform play is clicked 20 %, so that a short run teaches what takes a real one ten times as long.
 
 Shapes: N impressions, P products, S slots, A candidates of a slot.
@@ -31,7 +31,7 @@ IntArray = NDArray[np.int64]
 NUM_PRODUCTS: Final = 60
 KNOWN_PRODUCTS: Final = 48
 KNOWN_SHARE: Final = 2.5
-"""Elements of a slot with traffic, in candidates of a card."""
+"""Elements of a slot with traffic, and as many without, in candidates of a card."""
 BATCH: Final = 1_000
 KINDS: Final = ("known", "new products", "new elements", "all new")
 """What is asked: product and elements with traffic; a product without; a product with, half of whose candidates are
@@ -54,7 +54,7 @@ class Scene:
     @cached_property
     def world(self) -> World:
         """Every element may be shown with every product, for the scene has its own candidates."""
-        elements = self.num_known + self.num_candidates
+        elements = 2 * self.num_known
         return World(
             WorldConfig(
                 seed=self.seed,
@@ -140,7 +140,7 @@ class Scene:
         candidates_SA = self.candidates[product].copy()
         num_new = {"new elements": self.num_candidates // 2, "all new": self.num_candidates}.get(kind, 0)
         for new_A in candidates_SA:
-            new_A[:num_new] = self.num_known + rng.permutation(self.num_candidates)[:num_new]
+            new_A[:num_new] = self.num_known + rng.permutation(self.num_known)[:num_new]
         ids = self._ids(candidates_SA)
         content = {element: self.elements[element] for row in ids.values() for element in row}
         context = _context(int(rng.integers(len(DEVICES))), int(rng.integers(len(SEGMENTS))), int(rng.integers(24)))

@@ -129,9 +129,9 @@ def test_variants_see_what_they_may() -> None:
 
 
 def test_an_unknown_variant_is_refused() -> None:
-    with pytest.raises(ValueError, match="sideways.*autoregressive"):
+    with pytest.raises(ValueError, match=r"sideways.*autoregressive"):
         GeneratorSettings(variant="sideways")
-    with pytest.raises(ValueError, match="sideways.*autoregressive"):
+    with pytest.raises(ValueError, match=r"sideways.*autoregressive"):
         Pointer({}, "sideways")
 
 
