@@ -54,9 +54,9 @@ class GeneratorSettings:
     """B: cards in a training step."""
     unseen_share: float = 0.25
     """Share of the cards of a step that are made into ones that nobody has sent: see `generator_cards.unseen`."""
-    sweeps: int = 2
+    sweeps: int = 1
     """Passes of coordinate ascent that make a winner of the best sample."""
-    examples_per_step: int = 300
+    examples_per_step: int = 500
     """One training step for so many learned examples."""
     advantage_floor: float = 0.05
     """Smallest scale of an advantage, in logits: groups that hardly differ teach hardly anything."""

@@ -80,7 +80,7 @@ def test_command_writes_figures_and_a_picture(tmp_path: Path, capsys: pytest.Cap
     arguments = ["--sizes", "3x4", "--impressions", "1000", "--requests", "2"]
     assert main(["bench", "search", *arguments, "--json", str(written), "--plot", str(picture)]) == 0
     (result,) = json.loads(written.read_text())["sizes"]
-    assert (result["slots"], result["candidates"], result["generator_steps"]) == (3, 4, 3)
+    assert (result["slots"], result["candidates"], result["generator_steps"]) == (3, 4, 2)
     for kind in KINDS:
         assert {family: set(settings) for family, settings in METHODS.items()} == {
             family: set(settings) for family, settings in result["kinds"][kind].items()
