@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.learn.command import add_parser as add_bench_learn
 from benchmarks.regret.command import add_parser as add_bench_regret
+from benchmarks.search.command import add_parser as add_bench_search
 from genco.credits import add_parser as add_credits
 from genco.learn_arguments import add_once
 from streams.contracts.settings import EX_CONFIG, ConfigurationError, MetricsSettings, load, variable_names
@@ -391,6 +392,7 @@ def _parser() -> argparse.ArgumentParser:
     join.set_defaults(command=_bench_join)
     add_bench_regret(benches)
     add_bench_learn(benches)
+    add_bench_search(benches)
     return parser
 
 

@@ -28,6 +28,7 @@ from learner.encoding import ExampleEncoder
 from learner.faults import faults
 from learner.gate import GateSettings, Validation, judge, norms, probe
 from learner.generator import Cards, Generator, GeneratorSettings, padded
+from learner.generator_rewards import Judge
 from learner.generator_training import GeneratorReport, train_step
 from learner.intake import Intake
 from learner.parsing import ExampleParser, ParsedExamples
@@ -56,7 +57,7 @@ class LearnerSettings:
     """M: posterior draws in a snapshot."""
     epsilon: float = 0.01
     """Share of the traffic that stays uniform."""
-    proposals: int = 4
+    proposals: int = 16
     """Creatives that the generator proposes for a decision."""
     horizon_ms: int = 3_600_000
     """Decisions are remembered against duplicates for this much event time."""
@@ -293,52 +294,35 @@ class OnlineLearner:
             return self._metrics
         rng = np.random.default_rng([self.settings.seed, self.num_updates])
         torch_rng = torch.Generator().manual_seed(_seed(self.settings.seed, "generator", self.num_updates))
-        effects = self._judges()
+        judge = self._judge()
         published = dict(self.generator.weights) if self.num_updates > 1 else None
         recent = self._recent
         newest = max(1, min(num_new, len(recent)))
         shape = num_steps, settings.cards
         is_new = rng.random(shape) < self.settings.newest_share
         back = np.where(is_new, rng.integers(newest, size=shape), rng.integers(len(recent), size=shape))
-        drawn = [[recent[-1 - i] for i in row] for row in back.tolist()]
-        # All at once, so that what is drawn twice is searched once.
-        winners = self._few_draws().winners([each.request for row in drawn for each in row])
         report: GeneratorReport | None = None
-        for step, cards_drawn in enumerate(drawn):
-            won = winners[step * settings.cards : (step + 1) * settings.cards]
-            cards, winner_BWS = self._cards(cards_drawn, won)
-            report = train_step(self.generator, cards, effects, winner_BWS, published, torch_rng)
+        for row in back.tolist():
+            report = train_step(self.generator, self._cards([recent[-1 - i] for i in row]), judge, published, torch_rng)
         return {f"generator_{name}": value for name, value in vars(report).items()} if report else {}
 
-    def _few_draws(self) -> Policy:
-        """Return a policy of about as many draws as winners are imitated: a search costs as much for each draw.
-
-        Draws are stratified over the memories in their order, so every so many-th of them are, too.
-        """
-        every = max(1, self.settings.num_draws // self.settings.generator.winners)
-        first = self.num_updates % every
-        few = {name: w[first::every] if name.startswith("draws.") else w for name, w in self._tensors().items()}
-        return Policy(self._spec, few, self._policy_settings())
-
-    def _judges(self) -> dict[str, Tensor]:
-        """Return the effects that judge the generator's creatives, see `learner.generator_training.rewards`."""
+    def _judge(self) -> Judge:
+        """Return the draws that judge the generator's creatives."""
         effects = self._effects_now()
-        return effects.draws | {"element": torch.from_numpy(effects.element).to(self.device)}
+        return Judge(effects.draws | {"element": torch.from_numpy(effects.element).to(self.device)})
 
-    def _cards(self, drawn: Sequence[RecentImpression], winners: Sequence[NDArray[np.int64]]) -> tuple[Cards, Tensor]:
-        """Return impressions as cards in numbers, and their winners in the order of the vocabulary's slots."""
+    def _cards(self, drawn: Sequence[RecentImpression]) -> Cards:
+        """Return impressions as cards in numbers."""
         spec, num_slots = self._spec, len(self._spec.slots)
         widest = max(int(each.candidates.size_T.max()) for each in drawn)
         candidate = np.full((len(drawn), num_slots, widest), -1, np.int64)
         mask = np.zeros(candidate.shape, np.bool_)
-        winner = np.zeros((len(drawn), len(winners[0]), num_slots), np.int64)
         for b, each in enumerate(drawn):
             index, size_T = self._encoder.find(each.candidates, spec), each.candidates.size_T
             for t in np.flatnonzero(index.slot >= 0):
                 slot, first, size = index.slot[t], index.first[t], size_T[t]
                 candidate[b, slot, :size] = index.element[first : first + size]
                 mask[b, slot, :size] = True
-                winner[b, :, slot] = winners[b][:, t]
         content_EF = self._content_EF + torch.from_numpy(self._effects_now().trait)
         content_EF = padded(content_EF, (len(content_EF) + 1, spec.content_size))
         parts = (
@@ -348,7 +332,7 @@ class OnlineLearner:
             torch.from_numpy(mask),
             content_EF[torch.from_numpy(candidate)],
         )
-        return Cards(*(part.to(self.device) for part in parts)), torch.from_numpy(winner).to(self.device)
+        return Cards(*(part.to(self.device) for part in parts))
 
     # -- snapshots ----------------------------------------------------------------------------------------------------
 
@@ -389,6 +373,7 @@ class OnlineLearner:
             epsilon=self.settings.epsilon,
             thompson_scale=self.settings.reward_model.thompson_scale,
             proposals=self.settings.proposals,
+            variant=self.settings.generator.variant,
             noise_seed=_seed(self.settings.seed, "noise", self.num_updates),
         )
 

@@ -1,20 +1,22 @@
-"""The generator as serving runs it: an autoregressive pointer over the slots of a card, in numpy.
+"""The generator: a pointer over the slots of a card, in numpy. `learner.generator` is the same in torch.
 
     k(e)   = content(e) W + embedding(e)                           key of an element; unseen ones have content alone
-    h_s    = slot_s + context V_s + product + sum_{t < s} k(e_t) U_ts
-    q_s    = h_s + tanh(h_s A + a) B                               query of slot s, given what the earlier slots chose
+    h_s    = slot_s + context V_s + product + sum_{t before s} k(e_t) U_ts
+    q_s    = h_s + tanh(h_s A + a) B                               query of slot s, given what was chosen before it
     log pi(e | context, product) = sum_s log softmax_{candidates of s}(q_s . k(e) / sqrt(d))[e_s]
 
-Slots are filled in the order of the vocabulary, whatever order a request names them in, because that is the order the
-weights were trained in. `learner.generator` is the same in torch; a test holds the two to 1e-5.
+Which slots come before a slot is the variant, see there. Slots are filled in an order that does not depend on the one
+in which a request names them, because that is how the weights were trained. A test holds the twins to 1e-5.
 
-Shapes: N requests of one shape, R proposals, S slots of the vocabulary, A candidates of a slot, F content numbers, C
-context columns, P products, E elements, d width, h width of the hidden layer. Index -1 is "not in the vocabulary".
+Shapes: N requests of one shape, R proposals, T slots of the requests, S slots of the vocabulary, A candidates of a
+slot, F content numbers, C context columns, P products, E elements, d width. Index -1 is "not in the vocabulary".
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,12 +24,35 @@ from numpy.typing import NDArray
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
 
+VARIANTS: Final = ("autoregressive", "confident", "parallel")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """N requests of one shape, as the pointer sees them."""
+
+    slots: Sequence[int]
+    """Vocabulary index of each of the T slots, -1 for one that it lacks: uniform there."""
+    keys: Sequence[FloatArray]
+    """For each slot the (N, A, d) keys of its candidates."""
+    product: IntArray
+    """(N,): vocabulary index of each product."""
+    context: FloatArray
+    """(N, C)"""
+
 
 class Pointer:
     """Proposes creatives and knows their exact log-probabilities."""
 
-    def __init__(self, weights: Mapping[str, FloatArray]) -> None:
-        """Take the weights, named as in a snapshot without the prefix `generator.`."""
+    def __init__(self, weights: Mapping[str, FloatArray], variant: str = "autoregressive") -> None:
+        """Take the weights, named as in a snapshot without the prefix `generator.`.
+
+        Raises:
+            ValueError: If there is no such variant.
+        """
+        if variant not in VARIANTS:
+            raise ValueError(f"variant of the generator is {variant!r}; expected one of {', '.join(VARIANTS)}")
+        self.variant = variant
         self.content_Fd = weights["content"]
         self.width = d = self.content_Fd.shape[1]
         # A last row of zeros answers index -1.
@@ -35,92 +60,104 @@ class Pointer:
         self.product_Pd = np.vstack([weights["product"], np.zeros((1, d), np.float32)])
         self.slot_Sd = weights["slot"]
         self.context_SdC = np.ascontiguousarray(weights["context"].transpose(0, 2, 1))
-        self.chosen_SSdd = weights["chosen"]
+        # (S, d, S d): what a key chosen in one slot adds to the queries of all slots, as one matrix.
+        chosen_SdSd = np.ascontiguousarray(weights["chosen"].transpose(0, 2, 1, 3))
+        self.chosen_SdX = chosen_SdSd.reshape(*self.slot_Sd.shape, self.slot_Sd.size)
         self.hidden = weights["hidden_in"], weights["hidden_bias"], weights["hidden_out"]
 
     def keys(self, content_AF: FloatArray, element_A: IntArray) -> FloatArray:
         """Return the (A, d) keys of elements."""
         return content_AF @ self.content_Fd + self.element_Ed[element_A]
 
-    def propose(
-        self,
-        slots: Sequence[int],
-        keys: Sequence[FloatArray],
-        product_N: IntArray,
-        context_NC: FloatArray,
-        uniform_NRS: NDArray[np.float64],
-    ) -> IntArray:
-        """Return R creatives for each of N requests as (N, R, S) positions among the candidates.
+    def propose(self, asked: Asked, uniform_NRT: NDArray[np.float64], temperature: float = 1.0) -> IntArray:
+        """Return R creatives for each of N requests as (N, R, T) positions among the candidates.
 
         Args:
-            slots: Vocabulary index of each of the requests' S slots, -1 for a slot that it lacks: uniform there.
-            keys: For each slot the (N, A, d) keys of its candidates.
-            product_N: Vocabulary index of each product.
-            context_NC: Numbers of each context.
-            uniform_NRS: Numbers in [0, 1) that decide: the same numbers, the same proposals.
+            asked: The requests.
+            uniform_NRT: Numbers in [0, 1) that decide: the same numbers, the same proposals.
+            temperature: Above 1 the proposals differ more than the generator's own samples, below 1 less; > 0.
         """
-        chosen_NRS = np.zeros(uniform_NRS.shape, np.int64)
-        base = self._base(product_N, context_NC)
-        carried: list[tuple[int, FloatArray]] = []
-        for place in _order(slots):
-            logits = self._logits(slots[place], keys[place], base, carried, uniform_NRS.shape[1])
-            cumulative = np.cumsum(np.exp(logits - logits.max(-1, keepdims=True)), -1)
-            threshold = uniform_NRS[:, :, place, None] * cumulative[..., -1:]
-            chosen_NR = np.minimum((cumulative <= threshold).sum(-1), logits.shape[-1] - 1)
-            chosen_NRS[:, :, place] = chosen_NR
-            if slots[place] >= 0:
-                first_N1 = np.arange(len(chosen_NR))[:, None] * keys[place].shape[1]
-                flat = keys[place].reshape(-1, self.width)
-                carried.append((slots[place], np.take(flat, first_N1 + chosen_NR, axis=0)))
-        return chosen_NRS
+        chosen_NRT, inverse = np.zeros(uniform_NRT.shape, np.int64), np.float32(1.0 / temperature)
+        for visit in self._visits(asked, chosen_NRT):
+            pi = np.exp((visit.logits - visit.logits.max(-1, keepdims=True)) * inverse)
+            cumulative = np.cumsum(pi, -1, dtype=np.float64)
+            threshold = uniform_NRT[visit.rows, :, visit.place, None] * cumulative[..., -1:]
+            chosen = np.minimum((cumulative <= threshold).sum(-1), pi.shape[-1] - 1)
+            chosen_NRT[visit.rows, :, visit.place] = chosen
+        return chosen_NRT
 
-    def log_probabilities(
-        self,
-        slots: Sequence[int],
-        keys: Sequence[FloatArray],
-        product_N: IntArray,
-        context_NC: FloatArray,
-        chosen_NRS: IntArray,
-    ) -> FloatArray:
-        """Return the (N, R, S) log-probability of each choice, given the choices in earlier slots of the vocabulary."""
-        out = np.zeros(chosen_NRS.shape, np.float32)
-        base = self._base(product_N, context_NC)
-        carried: list[tuple[int, FloatArray]] = []
-        for place in _order(slots):
-            logits = self._logits(slots[place], keys[place], base, carried, chosen_NRS.shape[1])
-            top = logits.max(-1, keepdims=True)
-            log_pi = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
-            chosen_NR1 = chosen_NRS[:, :, place, None]
-            out[:, :, place] = np.take_along_axis(log_pi, chosen_NR1, -1)[..., 0]
-            if slots[place] >= 0:
-                carried.append((slots[place], np.take_along_axis(keys[place], chosen_NR1, 1)))
+    def log_probabilities(self, asked: Asked, chosen_NRT: IntArray) -> FloatArray:
+        """Return the (N, R, T) log-probability of each choice, given the choices in the slots before it."""
+        out = np.zeros(chosen_NRT.shape, np.float32)
+        for visit in self._visits(asked, chosen_NRT):
+            chosen = chosen_NRT[visit.rows, :, visit.place, None]
+            log_pi = _log_softmax(visit.logits)
+            out[visit.rows, :, visit.place] = np.take_along_axis(log_pi, chosen, -1)[..., 0]
         return out
 
-    def _base(self, product_N: IntArray, context_NC: FloatArray) -> FloatArray:
+    def _visits(self, asked: Asked, chosen_NRT: IntArray) -> Iterator[Visit]:
+        """Go through the slots of each request in its order; a choice counts as made once the visit is over."""
+        num_proposals = chosen_NRT.shape[1]
+        base_NSd = self._base(asked)
+        h_NRSd = np.repeat(base_NSd[:, None], num_proposals, 1)
+        order_NT = self._order(asked, base_NSd)
+        for place_N in order_NT.T:
+            # Requests that are at the same slot go together; in a fixed order that is all of them.
+            for place in np.unique(place_N).tolist():
+                rows = np.flatnonzero(place_N == place)
+                slot, key_NAd = asked.slots[place], asked.keys[place][rows]
+                if slot < 0:
+                    yield Visit(place, rows, np.zeros((len(rows), num_proposals, key_NAd.shape[1]), np.float32))
+                    continue
+                yield Visit(place, rows, self._logits(h_NRSd[rows, :, slot], key_NAd))
+                if self.variant != "parallel":
+                    key_NRd = np.take_along_axis(key_NAd, chosen_NRT[rows, :, place, None], 1)
+                    pull = key_NRd @ self.chosen_SdX[slot]
+                    h_NRSd[rows] += pull.reshape(len(rows), num_proposals, *base_NSd.shape[1:])
+
+    def _order(self, asked: Asked, base_NSd: FloatArray) -> IntArray:
+        """Return the places of each request's slots in the order in which they are filled, (N, T)."""
+        num_requests, slots = len(base_NSd), asked.slots
+        if self.variant != "confident":
+            order = sorted(range(len(slots)), key=lambda place: (slots[place] < 0, slots[place], place))
+            return np.broadcast_to(np.array(order), (num_requests, len(slots)))
+        # In the order of the vocabulary first, so that equal ones come out as in torch; unknown slots last.
+        rank_NT = np.full((num_requests, len(slots)), np.inf, np.float32)
+        for place, slot in enumerate(slots):
+            if slot >= 0:
+                logits = self._logits(base_NSd[:, None, slot], asked.keys[place])[:, 0]
+                log_pi = _log_softmax(logits)
+                rank_NT[:, place] = -(np.exp(log_pi) * log_pi).sum(-1) / np.log(max(2, logits.shape[1]))
+        by_slot = np.array(sorted(range(len(slots)), key=lambda place: slots[place]))
+        order_NT: IntArray = by_slot[np.argsort(rank_NT[:, by_slot], axis=1, kind="stable")]
+        return order_NT
+
+    def _base(self, asked: Asked) -> FloatArray:
         """Return what a slot's query starts from, (N, S, d)."""
         # One small product for each request, not one for all: its rounding must not depend on who else is asking.
-        context_NSd: FloatArray = np.matmul(self.context_SdC, context_NC[:, None, :, None])[..., 0]
-        return self.slot_Sd + context_NSd + self.product_Pd[product_N][:, None, :]
+        context_NSd: FloatArray = np.matmul(self.context_SdC, asked.context[:, None, :, None])[..., 0]
+        return self.slot_Sd + context_NSd + self.product_Pd[asked.product][:, None, :]
 
-    def _logits(
-        self,
-        slot: int,
-        keys_NAd: FloatArray,
-        base_NSd: FloatArray,
-        carried: Sequence[tuple[int, FloatArray]],
-        num_proposals: int,
-    ) -> FloatArray:
-        if slot < 0:
-            return np.zeros((len(keys_NAd), num_proposals, keys_NAd.shape[1]), np.float32)
-        h_NRd = np.repeat(base_NSd[:, slot, None, :], num_proposals, 1)
-        for earlier, key_NRd in carried:
-            h_NRd = h_NRd + key_NRd @ self.chosen_SSdd[earlier, slot]
+    def _logits(self, h_NRd: FloatArray, key_NAd: FloatArray) -> FloatArray:
         hidden_in, hidden_bias, hidden_out = self.hidden
         query_NRd = h_NRd + np.tanh(h_NRd @ hidden_in + hidden_bias) @ hidden_out
-        logits: FloatArray = np.matmul(query_NRd, keys_NAd.transpose(0, 2, 1)) / np.float32(np.sqrt(self.width))
+        logits: FloatArray = np.matmul(query_NRd, key_NAd.transpose(0, 2, 1)) * np.float32(self.width**-0.5)
         return logits
 
 
-def _order(slots: Sequence[int]) -> list[int]:
-    """Return the places of a request's slots in the order of the vocabulary, unknown slots last."""
-    return sorted(range(len(slots)), key=lambda place: (slots[place] < 0, slots[place], place))
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """The choice of some requests in one slot."""
+
+    place: int
+    """Which of the T slots."""
+    rows: IntArray
+    """Which of the N requests."""
+    logits: FloatArray
+    """(rows, R, A)"""
+
+
+def _log_softmax(logits: FloatArray) -> FloatArray:
+    top = logits.max(-1, keepdims=True)
+    log_pi: FloatArray = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+    return log_pi

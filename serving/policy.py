@@ -1,7 +1,7 @@
 """The policy that decides: propose and refine for every posterior draw, with exact propensities.
 
-The policy is a finite mixture. For each of the M draws (particles) of a snapshot, coordinate ascent from two starts,
-the best elements by main effect and the best of a few proposals of the generator, finds the creative e^(m) that the
+The policy is a finite mixture. For each of the M draws (particles) of a snapshot, coordinate ascent from a proposal of
+the generator, and from the best of what the other draws found so (`serving.refine`), finds the creative e^(m) that the
 draw believes in. With a uniform share eps
 
     pi(e | context, product) = (1 - eps) #{m : e^(m) = e} / M + eps uniform(e)
@@ -45,8 +45,9 @@ from numpy.typing import NDArray
 
 from serving.credits import CardEffects, Credit, widened
 from serving.effects import Effects
-from serving.pointer import Pointer
-from serving.search import Ascent, Card, Deck, Shape
+from serving.pointer import VARIANTS, Pointer
+from serving.refine import relay
+from serving.search import Card, Deck, Problem, Shape
 from streams.contracts.catalog import Element
 from streams.contracts.encoders import ContentEncoder
 from streams.contracts.features import ContextValue, FeatureSpec
@@ -73,10 +74,16 @@ class PolicySettings:
     """Share of the traffic that stays uniform over the candidates, in [0, 1]."""
     thompson_scale: float = 0.2
     """Spread of the draws in posterior standard deviations; undone where uncertainty is shown."""
-    proposals: int = 4
-    """Creatives that the generator proposes for a request; the best one on each draw is refined. 0: none."""
+    proposals: int = 16
+    """Creatives that the generator proposes for a request; the draws start from them in turn. 0: each starts from its
+    best main effects."""
+    temperature: float = 2.0
+    """Above 1 the proposals differ more than the generator's own samples: the draws then find more, together."""
+    variant: str = "autoregressive"
+    """How the generator proposes, see `serving.pointer`."""
     max_sweeps: int = 4
-    """Passes of coordinate ascent over the slots; it stops earlier where nothing moves."""
+    """Passes of coordinate ascent over the slots before the draws exchange what they found; it stops earlier where
+    nothing moves."""
     noise_seed: int = 0
     """Decides what the draws believe of single elements, see `serving.effects`."""
 
@@ -90,6 +97,10 @@ class PolicySettings:
             raise ValueError(
                 f"proposals is {self.proposals} and max_sweeps {self.max_sweeps}; must be in [0, 64] and [1, 64]"
             )
+        if not 0.01 <= self.temperature <= 100.0:
+            raise ValueError(f"temperature is {self.temperature}; must be in [.01, 100]")
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant is {self.variant!r}; expected one of {', '.join(VARIANTS)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +180,9 @@ class Policy:
         _check_sizes(spec, tensors)
         self._effects = Effects(tensors, settings.thompson_scale, settings.noise_seed)
         self.num_draws = self._effects.num_draws
-        self._pointer = Pointer(
-            {n.removeprefix("generator."): w for n, w in tensors.items() if n.startswith("generator.")}
+        self.pointer = Pointer(
+            {n.removeprefix("generator."): w for n, w in tensors.items() if n.startswith("generator.")},
+            settings.variant,
         )
         self._encoder = ContentEncoder.from_id(
             spec.encoder,
@@ -395,7 +407,7 @@ class Policy:
         if deck is None:
             while len(self._decks) >= MAX_DECKS:
                 self._decks.popitem(last=False)
-            sizes = self.num_draws + 1, self.spec.content_size, self._pointer.width, len(self.spec.context)
+            sizes = self.num_draws + 1, self.spec.content_size, self.pointer.width, len(self.spec.context)
             deck = Deck(card.shape, *sizes)
             self._decks[card.shape] = deck
         return deck
@@ -422,7 +434,7 @@ class Policy:
         effects = self._effects
         for t, slot in enumerate(card.slots):
             content_AF, index_A = card.content[t], card.index[t]
-            deck.keys[t][row] = self._pointer.keys(content_AF, index_A)
+            deck.keys[t][row] = self.pointer.keys(content_AF, index_A)
             content_LAF = deck.content[t][row] = effects.drawn(content_AF, index_A)
             base_LA, pull_ALTF = deck.base[t][row], deck.pulls[t][row]
             if slot < 0:
@@ -448,28 +460,39 @@ class Policy:
                 pairs_AB[:, deck.spans[t]] = 0.0
                 deck.pairs[t][row] = pairs_AB
 
+    def problem(self, request: DecisionRequest) -> Problem:
+        """Return what a search of one request works on, until the next one is prepared: for benchmarks of searches."""
+        with self._lock:
+            card_key, _ = _request_key(request)
+            return self._problem([request], [self._card(card_key, request)])
+
+    def _problem(self, requests: Sequence[DecisionRequest], cards: Sequence[Card]) -> Problem:
+        """Return requests of one shape, ready to be searched."""
+        deck, rows = self._deal(cards)
+        rows_N = np.array(rows)
+        context_NC = self.spec.context_matrix([request.context for request in requests])
+        product_N = np.array([self.spec.product_index.get(request.product_id, -1) for request in requests])
+        main = deck.main(rows_N, self._effects.context_weights(context_NC), context_NC)
+        return Problem(deck, rows_N, main, product_N, context_NC)
+
     def _search(self, items: Sequence[tuple[bytes, tuple[DecisionRequest, Card]]]) -> dict[bytes, _Solved]:
         """Find e^(m) of every draw for requests of one shape."""
         cards = [card for _, (_, card) in items]
-        deck, rows = self._deal(cards)
-        rows_N = np.array(rows)
-        context_NC = self.spec.context_matrix([request.context for _, (request, _) in items])
-        product_N = np.array([self.spec.product_index.get(request.product_id, -1) for _, (request, _) in items])
-        main = deck.main(rows_N, self._effects.context_weights(context_NC), context_NC)
-        ascent = Ascent(deck, rows_N, main, slice(0, -1))
-        starts = [np.stack([main_NLA[:, :-1].argmax(-1) for main_NLA in main], -1)]
-        if self.settings.proposals:
-            uniform_NRS = np.stack([self._proposal_numbers(key, len(deck.slots)) for key, _ in items])
-            keys = [keys_KAd[rows_N] for keys_KAd in deck.keys]
-            proposed_NRT = self._pointer.propose(deck.slots, keys, product_N, context_NC, uniform_NRS)
-            shape = len(items), self.num_draws, *proposed_NRT.shape[1:]
-            starts.append(ascent.best(np.broadcast_to(proposed_NRT[:, None], shape)))
-        winners_NMT = ascent.climb(np.stack(starts, 2), self.settings.max_sweeps)
-        logit_NM = Ascent(deck, rows_N, main, slice(-1, None)).values(winners_NMT[:, None])[:, 0]
+        problem = self._problem([request for _, (request, _) in items], cards)
+        winners_NMT = relay(problem, self._starts([key for key, _ in items], problem), self.settings.max_sweeps)
+        logit_NM = problem.on_mean().values(winners_NMT[:, None])[:, 0]
+        appeal = self._effects.appeal
         return {
-            key: _Solved(card, winners_NMT[n], logit_NM[n], self._effects.appeal(int(product_N[n]), context_NC[n]))
+            key: _Solved(card, winners_NMT[n], logit_NM[n], appeal(int(problem.product[n]), problem.context[n]))
             for n, (key, (_, card)) in enumerate(items)
         }
+
+    def _starts(self, keys: Sequence[bytes], problem: Problem) -> IntArray:
+        """Return what the draws of each request start from, (N, R, T): proposals, or the best main effects."""
+        if not self.settings.proposals:
+            return np.stack([main_NLA[:, :-1].argmax(-1) for main_NLA in problem.main], -1)
+        uniform_NRT = np.stack([self._proposal_numbers(key, len(problem.main)) for key in keys])
+        return self.pointer.propose(problem.asked, uniform_NRT, self.settings.temperature)
 
     def _proposal_numbers(self, key: bytes, num_slots: int) -> NDArray[np.float64]:
         shape = self.settings.proposals, num_slots

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.pointer import Asked
+
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
 
@@ -142,11 +144,48 @@ class Deck:
         return out
 
 
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """N requests of one shape, ready to be searched."""
+
+    deck: Deck
+    rows: IntArray
+    """(N,) row of each request's card in the deck."""
+    main: list[FloatArray]
+    """(N, L, A) main effects of each slot's candidates."""
+    product: IntArray
+    """(N,) vocabulary index of the product, -1 if the snapshot lacks it."""
+    context: FloatArray
+    """(N, C)"""
+
+    @property
+    def asked(self) -> Asked:
+        """The same requests as the generator sees them."""
+        keys = [keys_KAd[self.rows] for keys_KAd in self.deck.keys]
+        return Asked(self.deck.slots, keys, self.product, self.context)
+
+    @property
+    def num_draws(self) -> int:
+        """M."""
+        num_all: int = self.main[0].shape[1]
+        return num_all - 1
+
+    def on_draws(self) -> Ascent:
+        """Return the search under each of the M draws."""
+        return Ascent(self.deck, self.rows, self.main, slice(0, -1))
+
+    def on_mean(self) -> Ascent:
+        """Return the search under the posterior mean alone, as if it were the only draw."""
+        return Ascent(self.deck, self.rows, self.main, slice(-1, None))
+
+
 class Ascent:
     """Searches the best creatives of N requests under each of M draws."""
 
     def __init__(self, deck: Deck, rows_N: IntArray, main: Sequence[FloatArray], draws: slice) -> None:
         """Take the prepared cards and their main effects (N, L, A) in their contexts, and which draws to look at."""
+        self.num_scores = 0
+        """Scores of single elements that were needed so far; a start at rest needs none."""
         _, _, all_draws, self._num_slots, self._size = deck.pulls[0].shape
         draw_L = np.arange(all_draws)[draws]
         self._spans = deck.spans
@@ -178,8 +217,15 @@ class Ascent:
         """Return the creative logits (N, L, R) of R creatives on each draw."""
         slots = range(self._num_slots)
         total_NLRTF = sum((self._pull(t, chosen_NLRT[..., t]) for t in slots[1:]), self._pull(0, chosen_NLRT[..., 0]))
-        beside = [self._beside(t, chosen_NLRT[..., t]) for t in slots]
-        return self._values(chosen_NLRT, total_NLRTF, _sum(beside))
+        self.num_scores += chosen_NLRT.size
+        value = self._values(chosen_NLRT, total_NLRTF, None)
+        if self._flat_pairs is not None:
+            # Single numbers, where an ascent takes the rows of all partners: here nothing else is asked of them.
+            for t, pairs in enumerate(self._flat_pairs):
+                row_NLR = (self._first_pair[t] + chosen_NLRT[..., t]) * pairs.shape[1]
+                for s in range(t):
+                    value += np.take(pairs.reshape(-1), row_NLR + (self._spans[s].start + chosen_NLRT[..., s]))
+        return value
 
     def _values(self, chosen_NLRT: IntArray, total_NLRTF: FloatArray, beside: FloatArray | None) -> FloatArray:
         """Return the creative logits (N, L, R); pulls and partners count each pair twice, hence the half."""
@@ -209,19 +255,20 @@ class Ascent:
         partners = [self._beside(t, chosen_NLRT[..., t]) for t in range(num_slots)]
         total_NLRTF: FloatArray = sum(pulls[1:], start=pulls[0].copy())
         beside = _sum(partners)
-        still = 0
+        # Steps since a start last moved; one that no slot moved any more is at rest for good.
+        still_NLR = np.zeros(chosen_NLRT.shape[:3], np.int64)
         for step in range(max_sweeps * num_slots):
             t = step % num_slots
             value = np.matmul(total_NLRTF[:, :, :, t], self._content[t].transpose(0, 1, 3, 2))
             value += self._main[t][:, :, None]
             if beside is not None:
                 value += beside[..., self._spans[t]]
+            self.num_scores += int((still_NLR < num_slots).sum()) * value.shape[3]
             best_NLR = value.argmax(-1)
+            moved_NLR = best_NLR != chosen_NLRT[..., t]
+            still_NLR = np.where(moved_NLR, 1, still_NLR + 1)
             # A request that has come to rest adds exact zeros while others in the batch still move.
-            if (best_NLR == chosen_NLRT[..., t]).all():
-                still += 1
-            else:
-                still = 1
+            if moved_NLR.any():
                 chosen_NLRT[..., t] = best_NLR
                 pull, partner = self._pull(t, best_NLR), self._beside(t, best_NLR)
                 total_NLRTF += pull - pulls[t]
@@ -229,7 +276,7 @@ class Ascent:
                 if beside is not None and partner is not None:
                     beside += partner - partners[t]
                     partners[t] = partner
-            if still >= num_slots:
+            elif (still_NLR >= num_slots).all():
                 break
         return _best(chosen_NLRT, self._values(chosen_NLRT, total_NLRTF, beside))
 

@@ -175,7 +175,7 @@ class Scene:
 
     def learner(self) -> OnlineLearner:
         settings = LearnerSettings.from_settings(self.settings)
-        small = replace(settings.generator, cards=8, group_size=4, winners=2, examples_per_step=50)
+        small = replace(settings.generator, cards=8, group_size=4, examples_per_step=50)
         return OnlineLearner(replace(settings, generator=small, gate=replace(settings.gate, probes=8)))
 
     def worker(self, at: Hook = go_on) -> Worker:

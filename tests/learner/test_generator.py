@@ -1,14 +1,15 @@
-"""The generator in torch equals its numpy twin, and learns what its rewards say."""
+"""The generator in torch equals its numpy twin in every variant, and what it gives are probabilities."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 import torch
 
-from learner.generator import Cards, Generator, GeneratorSettings
-from learner.generator_training import advantages, rewards, train_step
-from serving.pointer import Pointer
+from learner.generator import VARIANTS, Cards, Generator, GeneratorSettings
+from serving import pointer as twin_module
+from serving.pointer import Asked, Pointer
 
 S, A, F, C, P, E = 3, 4, 5, 6, 2, 9
 
@@ -18,7 +19,8 @@ def generator_of(scale: float = 0.5, **settings: object) -> Generator:
     generator.grow(slots=S, context=C, products=P, elements=E)
     rng = torch.Generator().manual_seed(2)
     if scale:
-        generator.weights = {n: scale * torch.randn(w.shape, generator=rng) for n, w in generator.weights.items()}
+        for name, weight in generator.weights.items():
+            generator.weights[name] = scale * torch.randn(weight.shape, generator=rng)
     return generator
 
 
@@ -38,55 +40,57 @@ def cards_of(n: int = 5, *, whole: bool = False) -> Cards:
     )
 
 
-def effects_of(draws: int = 3) -> dict[str, torch.Tensor]:
-    rng = torch.Generator().manual_seed(4)
-    shapes = {"content": (S, F), "content_context": (S, F, C), "content_pair": (3, F, F)}
-    effects = {name: 0.3 * torch.randn(draws, *shape, generator=rng) for name, shape in shapes.items()}
-    return effects | {"element": 0.3 * torch.randn(E, 1 + C, generator=rng)}
+def twin_of(generator: Generator) -> Pointer:
+    return Pointer({name: w.numpy() for name, w in generator.weights.items()}, generator.settings.variant)
 
 
-def test_numpy_twin_gives_the_same_log_probabilities() -> None:
-    generator, cards = generator_of(), cards_of()
-    pointer = Pointer({name: w.numpy() for name, w in generator.weights.items()})
+def asked_of(pointer: Pointer, cards: Cards, rows: list[int], slots: list[int]) -> Asked:
+    """Return what the twin is asked about cards that have these slots and no others."""
+    keys = []
+    for s in slots:
+        has = cards.mask[rows[0], s].numpy()
+        contents, ids = cards.content[rows, s].numpy()[:, has], cards.candidate[rows, s].numpy()[:, has]
+        keys.append(np.stack([pointer.keys(content, index) for content, index in zip(contents, ids, strict=True)]))
+    return Asked(slots, keys, cards.product[rows].numpy(), cards.context[rows].numpy())
+
+
+def every_creative() -> torch.Tensor:
+    return torch.tensor(list(itertools.product(range(A), repeat=S)))[None]
+
+
+def log_probability(generator: Generator, cards: Cards, chosen: torch.Tensor) -> torch.Tensor:
+    return generator.log_probabilities(cards, chosen).gather(-1, chosen[..., None])[..., 0]
+
+
+def test_twins_know_the_same_variants() -> None:
+    assert VARIANTS == twin_module.VARIANTS
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_numpy_twin_gives_the_same_log_probabilities(variant: str) -> None:
+    generator, cards = generator_of(variant=variant), cards_of()
+    pointer = twin_of(generator)
     chosen = torch.randint(0, 3, (5, 7, S), generator=torch.Generator().manual_seed(5))
-    log_pi = generator.log_probabilities(cards, chosen).gather(-1, chosen[..., None])[..., 0]
-    for b in range(5):
-        slots = [s for s in range(S) if cards.mask[b, s].any()]
-        keys = []
-        for s in slots:
-            has = cards.mask[b, s].numpy()
-            keys.append(pointer.keys(cards.content[b, s].numpy()[has], cards.candidate[b, s].numpy()[has])[None])
-        places = chosen[b : b + 1, :, slots].numpy()
-        twin = pointer.log_probabilities(
-            slots, keys, cards.product[b : b + 1].numpy(), cards.context[b : b + 1].numpy(), places
-        )
-        np.testing.assert_allclose(twin[0], log_pi[b][:, slots].numpy(), atol=1e-5)
-        # The twin may be asked in any order of slots.
-        turned = pointer.log_probabilities(
-            slots[::-1],
-            keys[::-1],
-            cards.product[b : b + 1].numpy(),
-            cards.context[b : b + 1].numpy(),
-            places[..., ::-1],
-        )
-        np.testing.assert_allclose(turned[0][:, ::-1], twin[0], atol=1e-6)
+    log_pi = log_probability(generator, cards, chosen)
+    for rows, slots in (([0], [0, 1]), ([1, 2, 3, 4], [0, 1, 2]), ([1, 2, 3, 4], [2, 0, 1])):
+        twin = pointer.log_probabilities(asked_of(pointer, cards, rows, slots), chosen[rows][:, :, slots].numpy())
+        np.testing.assert_allclose(twin, log_pi[rows][:, :, slots].numpy(), atol=1e-5)
 
 
-def test_probabilities_of_all_creatives_add_up_to_one() -> None:
-    generator, cards = generator_of(), cards_of(1, whole=True)
-    every = torch.tensor(list(itertools.product(range(A), repeat=S)))[None]
-    log_pi = generator.log_probabilities(cards, every).gather(-1, every[..., None])[..., 0].sum(-1)
-    assert float(log_pi.exp().sum()) == pytest.approx(1.0, abs=1e-5)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_probabilities_of_all_creatives_add_up_to_one(variant: str) -> None:
+    generator, cards, every = generator_of(1.0, variant=variant), cards_of(4, whole=True), every_creative()
+    log_pi = log_probability(generator, cards, every.expand(4, -1, -1)).sum(-1)
+    np.testing.assert_allclose(log_pi.exp().sum(1), 1.0, atol=1e-5)
 
 
-def test_samples_follow_the_probabilities_in_torch_and_numpy() -> None:
-    generator, cards, n = generator_of(1.0), cards_of(1, whole=True), 20_000
-    every = torch.tensor(list(itertools.product(range(A), repeat=S)))[None]
-    pi = generator.log_probabilities(cards, every).gather(-1, every[..., None])[0, :, :, 0].sum(-1).exp().numpy()
-    pointer = Pointer({name: w.numpy() for name, w in generator.weights.items()})
-    keys = [pointer.keys(cards.content[0, s].numpy(), cards.candidate[0, s].numpy())[None] for s in range(S)]
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_samples_follow_the_probabilities_in_torch_and_numpy(variant: str) -> None:
+    generator, cards, n = generator_of(1.0, variant=variant), cards_of(1, whole=True), 20_000
+    pi = log_probability(generator, cards, every_creative())[0].sum(-1).exp().numpy()
+    pointer = twin_of(generator)
     uniform = np.random.default_rng(0).random((1, n, S))
-    twin = pointer.propose(range(S), keys, cards.product.numpy(), cards.context.numpy(), uniform)
+    twin = pointer.propose(asked_of(pointer, cards, [0], list(range(S))), uniform)
     sampled = generator.sample(cards, n, torch.Generator().manual_seed(0)).numpy()
     for places in (twin[0], sampled[0]):
         count = np.bincount(places @ np.array([A * A, A, 1]), minlength=A**S)
@@ -96,81 +100,96 @@ def test_samples_follow_the_probabilities_in_torch_and_numpy() -> None:
         assert chi2 < 140
 
 
+def test_confident_variant_orders_each_card_by_its_own_entropies() -> None:
+    generator, cards = generator_of(1.0, variant="confident"), cards_of(40, whole=True)
+    key, base = generator._keys(cards, generator.weights), generator._base(cards, generator.weights)
+    order = generator._order(cards, base, key, generator.weights)
+    # Without a choice: every slot first, all others absent.
+    entropies = torch.zeros(40, S)
+    for s in range(S):
+        alone = dataclasses.replace(cards, mask=cards.mask & (torch.arange(S) == s)[:, None])
+        log_pi = generator.log_probabilities(alone, torch.zeros(40, 1, S, dtype=torch.long))[:, 0, s]
+        entropies[:, s] = -(log_pi.exp() * log_pi).sum(-1)
+    assert torch.equal(order, entropies.argsort(1))
+    assert len(order.unique(dim=0)) > 1
+
+
+def test_variants_see_what_they_may() -> None:
+    """What is chosen in one slot moves another only if it comes before it."""
+    cards = cards_of(1, whole=True)
+    chosen = torch.tensor([[[0, 0, 0], [1, 0, 0], [0, 0, 1]]])
+    by_first, by_last = {}, {}
+    for variant in VARIANTS:
+        log_pi = generator_of(variant=variant).log_probabilities(cards, chosen)[0]
+        by_first[variant] = float((log_pi[1, 2] - log_pi[0, 2]).abs().max())
+        by_last[variant] = float((log_pi[2, 0] - log_pi[0, 0]).abs().max())
+    assert by_first["parallel"] == by_last["parallel"] == by_last["autoregressive"] == 0.0
+    assert by_first["autoregressive"] > 0.01
+    assert (by_first["confident"] > 0.01) != (by_last["confident"] > 0.01)
+
+
+def test_an_unknown_variant_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"sideways.*autoregressive"):
+        GeneratorSettings(variant="sideways")
+    with pytest.raises(ValueError, match=r"sideways.*autoregressive"):
+        Pointer({}, "sideways")
+
+
+def test_a_high_temperature_makes_proposals_differ_more() -> None:
+    generator, cards = generator_of(0.7), cards_of(1, whole=True)
+    pointer = twin_of(generator)
+    asked, uniform = asked_of(pointer, cards, [0], list(range(S))), np.random.default_rng(0).random((1, 400, S))
+    distinct = [len(np.unique(pointer.propose(asked, uniform, t)[0], axis=0)) for t in (0.1, 1.0, 4.0)]
+    assert distinct[0] < distinct[1] < distinct[2]
+
+
+def test_a_request_gets_the_same_proposals_in_any_batch() -> None:
+    for variant in VARIANTS:
+        generator, cards = generator_of(1.0, variant=variant), cards_of(6, whole=True)
+        pointer = twin_of(generator)
+        uniform = np.random.default_rng(0).random((6, 50, S))
+        together = pointer.propose(asked_of(pointer, cards, list(range(6)), [0, 1, 2]), uniform)
+        for row in range(6):
+            alone = pointer.propose(asked_of(pointer, cards, [row], [0, 1, 2]), uniform[row : row + 1])
+            np.testing.assert_array_equal(alone[0], together[row])
+
+
 def test_a_new_generator_is_uniform_and_appended_rows_change_nothing() -> None:
-    chosen = torch.zeros(5, 1, S, dtype=torch.long)
-    new = generator_of(scale=0.0).log_probabilities(cards_of(), chosen)
-    assert float(new[1, 0, 0, 0]) == pytest.approx(np.log(1 / 4), abs=1e-6)
-    assert float(new[1, 0, 1, 0]) == pytest.approx(np.log(1 / 3), abs=1e-6)
-    generator = generator_of()
-    before = generator.log_probabilities(cards_of(), chosen)
-    generator.grow(slots=S, context=C, products=P + 3, elements=E + 4)
-    torch.testing.assert_close(generator.log_probabilities(cards_of(), chosen), before)
+    for variant in VARIANTS:
+        chosen = torch.zeros(5, 1, S, dtype=torch.long)
+        new = generator_of(scale=0.0, variant=variant).log_probabilities(cards_of(), chosen)
+        assert float(new[1, 0, 0, 0]) == pytest.approx(np.log(1 / 4), abs=1e-6)
+        assert float(new[1, 0, 1, 0]) == pytest.approx(np.log(1 / 3), abs=1e-6)
+        generator = generator_of(variant=variant)
+        before = generator.log_probabilities(cards_of(), chosen)
+        generator.grow(slots=S, context=C, products=P + 3, elements=E + 4)
+        torch.testing.assert_close(generator.log_probabilities(cards_of(), chosen), before)
 
 
-def test_samples_never_leave_the_candidates() -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_samples_never_leave_the_candidates(variant: str) -> None:
     cards = cards_of()
-    sampled = generator_of(3.0).sample(cards, 200, torch.Generator().manual_seed(0))
+    sampled = generator_of(3.0, variant=variant).sample(cards, 200, torch.Generator().manual_seed(0))
     assert int(sampled[:, :, 1].max()) <= 2
     assert not sampled[0, :, 2].any()
 
 
-def test_rewards_equal_the_definition() -> None:
-    cards, effects = cards_of(2, whole=True), effects_of()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_equal_finite_differences(variant: str) -> None:
+    generator, cards = generator_of(variant=variant), cards_of()
+    chosen = torch.randint(0, 3, (5, 4, S), generator=torch.Generator().manual_seed(5))
+    cards = dataclasses.replace(cards, context=cards.context.double(), content=cards.content.double())
+    weights = {name: w.double().requires_grad_() for name, w in generator.weights.items()}
+    has = cards.mask.any(-1)[:, None]
 
-    def own(element: int, context_C: torch.Tensor) -> torch.Tensor:
-        return effects["element"][element, 0] + effects["element"][element, 1:] @ context_C
+    def loss(w: dict[str, torch.Tensor]) -> torch.Tensor:
+        log_pi = generator.log_probabilities(cards, chosen, w).gather(-1, chosen[..., None])[..., 0]
+        return (log_pi * has).square().sum()
 
-    chosen = torch.tensor([[[0, 1, 2]], [[3, 0, 1]]])
-    draw = torch.tensor([2, 0])
-    found = rewards(cards, chosen, effects, draw)
-    for b in range(2):
-        m, total = int(draw[b]), 0.0
-        z = [cards.content[b, s, chosen[b, 0, s]] for s in range(S)]
-        for s in range(S):
-            element = int(cards.candidate[b, s, chosen[b, 0, s]])
-            weights = effects["content"][m, s] + effects["content_context"][m, s] @ cards.context[b]
-            total += float(z[s] @ weights) + (float(own(element, cards.context[b])) if element >= 0 else 0.0)
-        pairs = [
-            float(z[s] @ effects["content_pair"][m, t * (t - 1) // 2 + s] @ z[t]) for t in range(S) for s in range(t)
-        ]
-        assert float(found.total[b, 0]) == pytest.approx(total + sum(pairs), abs=1e-5)
-        assert float(found.marginal[b, 0].sum()) == pytest.approx(total + 2 * sum(pairs), abs=1e-5)
-
-
-def test_training_finds_rewarding_creatives_without_imitation() -> None:
-    generator = generator_of(0.0, distillation=0.0, entropy=0.05, cards=8)
-    cards, effects = cards_of(8, whole=True), effects_of(1)
-    rng = torch.Generator().manual_seed(6)
-    winners = torch.zeros(8, 1, S, dtype=torch.long)
-    reports = [train_step(generator, cards, effects, winners, None, rng) for _ in range(120)]
-    every = torch.tensor(list(itertools.product(range(A), repeat=S)))[None].expand(8, -1, -1)
-    all_rewards = rewards(cards, every, effects, torch.zeros(8, dtype=torch.long)).total
-    best, mean = float(all_rewards.max(1).values.mean()), float(all_rewards.mean())
-    assert (reports[-1].reward - mean) / (best - mean) > 0.7
-    assert reports[-1].entropy < reports[0].entropy
-
-
-def test_imitation_makes_winners_likely_and_the_leash_holds_back() -> None:
-    cards, effects, winners = cards_of(8, whole=True), effects_of(1), torch.full((8, 2, S), 2)
-    reports = {}
-    for leash in (0.0, 30.0):
-        generator = generator_of(0.0, leash=leash, cards=8)
-        published = dict(generator.weights)
-        rng = torch.Generator().manual_seed(6)
-        reports[leash] = [train_step(generator, cards, effects, winners, published, rng) for _ in range(40)][-1]
-    assert reports[0.0].distillation < 0.8 * np.log(4) * S
-    assert reports[30.0].divergence < 0.2 * reports[0.0].divergence
-
-
-def test_a_gradient_that_is_not_finite_makes_no_step() -> None:
-    generator = generator_of()
-    before = dict(generator.weights)
-    generator.step({"slot": torch.full((S, 8), torch.nan)})
-    assert all(torch.equal(before[name], w) for name, w in generator.weights.items())
-    assert generator.num_steps == 0
-
-
-def test_advantages_of_equal_creatives_are_zero() -> None:
-    cards = cards_of(2, whole=True)
-    rewarded = rewards(cards, torch.zeros(2, 5, S, dtype=torch.long), effects_of(), torch.zeros(2, dtype=torch.long))
-    assert float(advantages(rewarded, 0.05).abs().max()) < 1e-4
+    names = [name for name in weights if name != "chosen" or variant != "parallel"]
+    gradients = torch.autograd.grad(loss(weights), [weights[name] for name in names])
+    fixed = {name: w.detach() for name, w in weights.items()}
+    for name, gradient in zip(names, gradients, strict=True):
+        step = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+        ends = [float(loss(fixed | {name: fixed[name] + h * step})) for h in (1e-5, -1e-5)]
+        assert (ends[0] - ends[1]) / 2e-5 == pytest.approx(float((gradient * step).sum()), rel=1e-5, abs=1e-6)

@@ -24,7 +24,7 @@ POISON = "poison"
 
 def settings() -> LearnerSettings:
     start = LearnerSettings(num_draws=2)
-    small = replace(start.generator, cards=8, group_size=4, winners=2, examples_per_step=50)
+    small = replace(start.generator, cards=8, group_size=4, examples_per_step=50)
     return replace(start, generator=small, gate=replace(start.gate, probes=8))
 
 

@@ -154,7 +154,7 @@ def test_propensity_equals_the_frequency_over_seeds() -> None:
 
 
 def test_each_draw_finds_the_best_creative_of_its_own_effects() -> None:
-    """Coordinate ascent may end in a local optimum; from two starts it does so for few draws."""
+    """Coordinate ascent may end in a local optimum; after the relay it does so for few draws."""
     tensors, request = tensors_of(), request_of()
     (winners,) = policy_of().winners([request])
     hits = 0
