@@ -137,11 +137,11 @@ class DiagonalRest:
     def _resize(self, name: str, rows: int, width: int) -> None:
         old = self._tables[name]
         _, num_rows, num_columns = old.mean.shape
+        # Room for half as many more, so that growing by one name at a time copies nothing most of the time. Room that
+        # is there is kept, also when the table becomes wider.
+        rows = max(rows, num_rows * 3 // 2) if rows > num_rows else num_rows
         if (rows, width) == (num_rows, num_columns):
             return
-        if rows > num_rows:
-            # Room for half as many more, so that growing by one name at a time copies nothing most of the time.
-            rows = max(rows, num_rows * 3 // 2)
         new = self._empty(name, rows, width)
         new.mean[:, :num_rows, :num_columns] = old.mean
         new.variance[:, :num_rows, :num_columns] = old.variance

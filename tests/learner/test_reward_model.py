@@ -202,6 +202,19 @@ def test_growing_changes_no_prediction() -> None:
     assert torch.isfinite(model.predict(wide)).all()
 
 
+def test_context_that_grows_while_there_is_room_for_more_names_loses_nothing() -> None:
+    """Tables are made longer than they need to be; a wider context once cut them to size, and failed."""
+    model = learned(5)
+    model.grow(**SIZES | {"products": PRODUCTS + 1, "elements": ELEMENTS + 1})  # room for half as many more
+    before = model.effects(2, torch.Generator(), content_size=CONTENT, num_products=PRODUCTS)
+    wider = {"context": CONTEXT + 1, "products": PRODUCTS + 1, "elements": ELEMENTS + 1}
+    model.grow(**SIZES | wider)
+    after = model.effects(2, torch.Generator(), content_size=CONTENT, num_products=PRODUCTS)
+    np.testing.assert_array_equal(after.product[:, :-1], before.product)
+    np.testing.assert_array_equal(after.element[:, :-1], before.element)
+    assert not after.element[:, -1].any()
+
+
 def test_names_that_are_gone_leave_nothing_to_those_that_take_their_rows() -> None:
     model = learned(10, warm_examples=200)
     effects = model.effects(2, torch.Generator(), content_size=CONTENT, num_products=PRODUCTS)
