@@ -17,8 +17,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.learn.command import add_parser as add_bench_learn
 from benchmarks.regret.command import add_parser as add_bench_regret
 from genco.credits import add_parser as add_credits
+from genco.learn_arguments import add_once
 from streams.contracts.settings import EX_CONFIG, ConfigurationError, MetricsSettings, load, variable_names
 from streams.contracts.topics import CLICKS, IMPRESSIONS
 from streams.telemetry import configure_logging
@@ -64,7 +66,16 @@ def _join(_: argparse.Namespace) -> None:
     run(load(JoinSettings))
 
 
-def _learn(_: argparse.Namespace) -> None:
+def _learn(arguments: argparse.Namespace) -> None:
+    if arguments.once is not None:
+        from rich.console import Console
+
+        from genco.learn_once import run as run_once
+
+        _write_json(arguments.json, run_once(arguments, Console(stderr=True)))
+        return
+    if arguments.out is not None or arguments.resume:
+        raise ValueError("--out and --resume belong to --once LOG; without it the live learner starts")
     from learner.agents import run
     from streams.contracts.settings import LearnSettings
 
@@ -314,10 +325,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--report", type=Path, help="write one JSON object here at the end")
     demo.add_argument("--dir", type=Path, help="keep logs, checkpoints and snapshots here")
 
+    learn = verb("learn", _learn, "learns from examples and publishes policies, or learns a log and stops")
+    add_once(learn, _positive, _whole)
     for process in (
         verb("serve", _serve, "the HTTP API: decisions and clicks"),
         verb("join", _join, "joins impressions and clicks into examples"),
-        verb("learn", _learn, "learns from examples and publishes policies"),
+        learn,
         verb("archive", _archive, "writes examples to Parquet files"),
     ):
         process.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -377,6 +390,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     join.set_defaults(command=_bench_join)
     add_bench_regret(benches)
+    add_bench_learn(benches)
     return parser
 
 

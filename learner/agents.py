@@ -12,8 +12,10 @@ from typing import Any
 import faust
 import torch
 
+from learner.crash_points import Hook, go_on
+from learner.feed import Feed, InboxRecord, Rebalanced, RecordsLost
 from learner.online import LearnerSettings, OnlineLearner
-from learner.worker import InboxRecord, Worker
+from learner.worker import Connections, Worker
 from streams.app import create_app, run_worker
 from streams.clients import check_topics
 from streams.contracts.settings import ConfigurationError, LearnSettings
@@ -31,36 +33,35 @@ def create_learner_app(settings: LearnSettings, worker: Worker) -> faust.App:
     @app.agent(topic, concurrency=1)
     async def learn(stream: Any) -> None:
         async for event in stream.noack().events():
-            while worker.is_full:  # noqa: ASYNC110 - a flag of another thread
+            while worker.feed.is_full:  # noqa: ASYNC110 - a flag of another thread
                 await asyncio.sleep(0.02)
             message = event.message
-            worker.inbox.put(InboxRecord(message.partition, message.offset, event.value or b"", event.ack))
+            worker.feed.put(InboxRecord(message.partition, message.offset, event.value or b"", event.ack))
 
     @app.on_partitions_revoked.connect
     async def on_revoked(*_args: Any, signal: Any = None, **_: Any) -> None:
-        worker.acknowledgements.clear()
-        worker.inbox.put(None)
+        worker.feed.acknowledgements.clear()
+        worker.feed.put(Rebalanced())
 
     @app.task  # type: ignore[untyped-decorator]  # faust leaves it untyped
     async def serve_worker() -> None:
         while not app.should_stop:
             if worker.failure is not None:
                 raise RuntimeError("the learner's thread failed") from worker.failure
-            while worker.acknowledgements:
-                worker.acknowledgements.popleft()()
-            while worker.seeks:
-                await _seek(app, worker)
+            worker.acknowledge()
+            while worker.feed.seeks:
+                await _seek(app, worker.feed)
             await asyncio.sleep(0.1)
 
     return app
 
 
-async def _seek(app: faust.App, worker: Worker) -> None:
-    request = worker.seeks.popleft()
+async def _seek(app: faust.App, feed: Feed) -> None:
+    request = feed.seeks.popleft()
     place = faust.types.TP(EXAMPLES, request.partition)
     earliest = (await app.consumer.earliest_offsets(place))[place]
     if earliest > request.offset:
-        worker.records_lost(request.partition, earliest)
+        feed.put(RecordsLost(request.partition, earliest))
     target = max(earliest, request.offset)
     logger.info("reading again from the checkpoint", extra={"partition": request.partition, "offset": target})
     await app.consumer.seek(place, target)
@@ -79,8 +80,12 @@ def _check_device(device: str) -> None:
         raise ConfigurationError(f"GENCO_DEVICE is {device!r}, which does not work here ({cause}); try cpu") from None
 
 
-def run(settings: LearnSettings) -> None:
+def run(settings: LearnSettings, *, at: Hook = go_on) -> None:
     """Run the learner until SIGTERM. Does not return.
+
+    Args:
+        settings: Those of the process.
+        at: Called at every crash point.
 
     Raises:
         ConfigurationError: If a topic is missing, their partition counts differ, or there is no such device.
@@ -90,7 +95,11 @@ def run(settings: LearnSettings) -> None:
     _check_device(settings.device)
     check_topics(settings)
     metrics = MetricsServer(settings.metrics_host, settings.metrics_port) if settings.metrics_port else None
-    worker = Worker(settings, OnlineLearner(LearnerSettings.from_settings(settings), device=settings.device))
+
+    def make_learner() -> OnlineLearner:
+        return OnlineLearner(LearnerSettings.from_settings(settings), device=settings.device)
+
+    worker = Worker(settings, make_learner, Connections.open(settings), at=at)
     worker.start()
     try:
         run_worker(create_learner_app(settings, worker))

@@ -21,6 +21,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from learner.crash_points import CrashPoint, Hook, go_on
+
 logger = logging.getLogger(__name__)
 
 KEEP: Final = 3
@@ -44,8 +46,10 @@ class Checkpoint:
 class CheckpointStore:
     """The checkpoints of one learner, in one directory; the newest few are kept."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, at: Hook = go_on) -> None:
+        """Use a directory, which is created with the first checkpoint; `at` is called at every crash point."""
         self._directory = directory
+        self._at = at
 
     def save(self, number: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> Path:
         """Write a checkpoint that survives a crash of process and machine.
@@ -71,15 +75,21 @@ class CheckpointStore:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+            self._at(CrashPoint.CHECKPOINT_WRITTEN)
             temporary.rename(path)
         finally:
             temporary.unlink(missing_ok=True)
+        self._at(CrashPoint.CHECKPOINT_RENAMED)
         _fsync_directory(self._directory)
         # By the time of writing, not by number: after a step back to an older checkpoint, the damaged ones have larger
         # numbers than the good ones that follow.
         for old in sorted((path for _, path in self._found()), key=lambda p: p.stat().st_mtime_ns)[:-KEEP]:
             old.unlink(missing_ok=True)
         return path
+
+    def is_empty(self) -> bool:
+        """Tell whether there is no checkpoint, not even a damaged one."""
+        return not self._found()
 
     def load_newest(self) -> Checkpoint | None:
         """Read the newest checkpoint that is whole, or None if there has never been one.

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learner.design import Layout
+from learner.design import Layout, slot_pairs
 
 LEARNED = ("content", "content_context", "content_pair")
 """Groups whose prior variance is learned; bias and context are too few to learn one from."""
@@ -230,6 +230,30 @@ class Core:
                     a = max(4.0, 0.1 * len(columns))
                     squares = (self.theta_KD[k, columns] ** 2 + variance_D[columns]).sum()
                     self._variance_KG[k, i] = (squares + a * start_G[i]) / (len(columns) + a)
+
+    def widen(self, share: float) -> None:
+        """Forget a share of all that the examples told, in every memory."""
+        self._H_KDD, self._g_KD = self._H_KDD * (1.0 - share), self._g_KD * (1.0 - share)
+        solved = [self._solve(k, H_DD, g_D) for k, (H_DD, g_D) in enumerate(zip(self._H_KDD, self._g_KD, strict=True))]
+        self.theta_KD = torch.stack([theta for theta, _ in solved])
+        self._factor = [factor for _, factor in solved]
+
+    def reset(self, *, slots: Sequence[int], context: Sequence[int]) -> None:
+        """Bring all coefficients of slots and context columns back to the prior: their names are gone."""
+        columns = self.layout.columns
+        gone = [columns["context"][list(context)], columns["content_context"][:, :, list(context)]]
+        gone += [columns[name][list(slots)] for name in ("content", "content_context")]
+        first, second = slot_pairs(self.layout.slots)
+        pairs = [q for q, pair in enumerate(zip(first, second, strict=True)) if set(pair) & set(slots)]
+        gone.append(columns["content_pair"][pairs])
+        gone_J = torch.tensor(sorted({j for index in gone for j in index.flatten().tolist()}), device=self.device)
+        # The others keep their means: what is gone is held at its own.
+        self._g_KD -= torch.einsum("kdj,kj->kd", self._H_KDD[:, :, gone_J].double(), self.theta_KD[:, gone_J])
+        self._H_KDD[:, gone_J, :] = 0.0
+        self._H_KDD[:, :, gone_J] = 0.0
+        self._g_KD[:, gone_J] = 0.0
+        self.theta_KD[:, gone_J] = 0.0
+        self._factor = [None] * len(self._factor)
 
     def factor(self, k: int) -> Tensor:
         """Return the lower Cholesky factor of memory k's posterior precision, (D, D)."""

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streams.contracts.growing import Freed
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GeneratorSettings:
@@ -47,6 +49,16 @@ class GeneratorSettings:
     """Weight of the divergence from the last published generator."""
     distillation: float = 1.0
     """Weight of the imitation of refined winners."""
+
+
+_ROWS = {
+    "element": ("element",),
+    "slot": ("slot",),
+    "context": ("slot", "context"),
+    "product": ("product",),
+    "chosen": ("slot", "slot"),
+}
+"""Weights with rows for names, and the kind of names along each of their first dimensions."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +119,16 @@ class Generator:
         for table in (self.weights, self._first, self._second):
             for name, shape in shapes.items():
                 table[name] = padded(table[name], shape)
+
+    def reset(self, freed: Freed) -> None:
+        """Forget what was learned under names that are gone: other names take their rows."""
+        for table in (self.weights, self._first, self._second):
+            for name, dims in _ROWS.items():
+                rows = {"element": freed.elements, "slot": freed.slots, "context": freed.context}
+                rows["product"] = freed.products
+                for dim, kind in enumerate(dims):
+                    if rows[kind]:
+                        table[name] = table[name].index_fill(dim, torch.tensor(rows[kind], device=self.device), 0.0)
 
     def log_probabilities(
         self, cards: Cards, chosen_BGS: Tensor, weights: Mapping[str, Tensor] | None = None

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, Self
 
 import msgspec
@@ -23,15 +23,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from learner.design import Rows
-from learner.gate import GateSettings, Logged, Validation, judge, norms, probe
+from learner.encoder import extended
+from learner.encoding import ExampleEncoder
+from learner.faults import faults
+from learner.gate import GateSettings, Validation, judge, norms, probe
 from learner.generator import Cards, Generator, GeneratorSettings, padded
 from learner.generator_training import GeneratorReport, train_step
 from learner.intake import Intake
+from learner.parsing import ExampleParser, ParsedExamples
+from learner.recent import RecentImpression, RecentImpressions
 from learner.reward_model import Effects, RewardModel, RewardModelSettings
-from serving.policy import DecisionRequest, Policy, PolicySettings
+from serving.policy import Policy, PolicySettings
 from streams.contracts.catalog import Element, Product
+from streams.contracts.encoders import ContentEncoder
 from streams.contracts.examples import ExampleBatch, LabelKind
-from streams.contracts.features import FeatureLimits, FeatureSpec, GrowingFeatureSpec
+from streams.contracts.features import FeatureSpec
+from streams.contracts.growing import FeatureLimits, GrowingFeatureSpec
+from streams.contracts.sentences import text_encoder_named, text_encoders
 from streams.contracts.settings import LearnSettings
 from streams.contracts.snapshot import PolicySnapshot, SnapshotManifest, pack_pairs, pack_tensors, sign
 
@@ -56,6 +64,8 @@ class LearnerSettings:
     """Recent impressions that the generator trains on and the gate looks at."""
     newest_share: float = 0.4
     """Share of a generator batch that comes from the newest examples."""
+    text_encoder: str = "hash"
+    """What reads the texts of elements: `hash`, `ngrams` or `minilm`, see `streams.contracts.sentences`."""
     features: FeatureLimits = field(default_factory=FeatureLimits)
     reward_model: RewardModelSettings = field(default_factory=RewardModelSettings)
     generator: GeneratorSettings = field(default_factory=GeneratorSettings)
@@ -68,6 +78,7 @@ class LearnerSettings:
             seed=settings.seed,
             num_draws=settings.particles,
             epsilon=settings.epsilon,
+            text_encoder=settings.text_encoder,
             # A joiner that starts again emits one attribution window again, and may itself be one behind.
             horizon_ms=3 * settings.attribution_window_ms,
         )
@@ -106,7 +117,9 @@ class OnlineLearner:
     def __init__(self, settings: LearnerSettings | None = None, device: str = "cpu") -> None:
         self.settings = settings = settings or LearnerSettings()
         self.device = torch.device(device)
-        self.features = GrowingFeatureSpec(settings.features)
+        text_encoder = text_encoder_named(settings.text_encoder)
+        content_encoder = ContentEncoder(settings.features.content_size, text_encoder=text_encoder)
+        self.features = GrowingFeatureSpec(settings.features, content_encoder)
         self.reward_model = RewardModel(settings.reward_model, device)
         self.generator = Generator(
             settings.features.content_size, settings.generator, seed=settings.seed, device=device
@@ -116,8 +129,11 @@ class OnlineLearner:
         self._intake = Intake(settings.horizon_ms)
         self._content_EF = torch.zeros(0, settings.features.content_size)
         self._late = [1.0, 20.0]
+        self._stepless = 0
         self._validation: deque[Validation] = deque()
-        self._recent: deque[Logged] = deque(maxlen=settings.replay_size)
+        self._recent = RecentImpressions(settings.replay_size)
+        self._parser = ExampleParser()
+        self._encoder = ExampleEncoder(self.features)
         self._spec: FeatureSpec = self.features.freeze()
         self._effects: Effects | None = None
         self._metrics: dict[str, float] = {}
@@ -128,21 +144,26 @@ class OnlineLearner:
 
     def apply_catalog(self, elements: Mapping[str, Element], products: Mapping[str, Product]) -> None:
         """Take the catalog as it is now: names enter the vocabulary, contents replace those known before."""
+        named = dict.fromkeys((element.slot, element.element_id) for element in elements.values())
         for product in products.values():
-            self.features.product(product.product_id)
-            for slot, ids in product.slots.items():
-                for element_id in ids:
-                    self.features.element(slot, element_id)
-        known: list[tuple[int, Element]] = []
+            named |= dict.fromkeys((slot, element_id) for slot, ids in product.slots.items() for element_id in ids)
+        self.features.catalog([product.product_id for product in products.values()], named)
+        self._extend_encoder(elements)
+        self._grow()
         for element in elements.values():
-            index = self.features.element(element.slot, element.element_id)
+            index = self._spec.row_of(element.slot, element.element_id)
             if index >= 0:
-                known.append((index, element))
+                content_F = self.features.encoder.encode(element.slot, element.features, element.text)
+                self._content_EF[index] = torch.from_numpy(content_F)
         self._grow()
-        for index, element in known:
-            content_F = self.features.encoder.encode(element.features, element.text)
-            self._content_EF[index] = torch.from_numpy(content_F)
-        self._grow()
+
+    def _extend_encoder(self, elements: Mapping[str, Element]) -> None:
+        """Fit reductions to kinds of rich content that had none."""
+        encoder = extended(self.features.encoder, elements.values())
+        if encoder is not self.features.encoder:
+            self.features.encoder = encoder
+            if self.reward_model.num_examples:
+                self.reward_model.reset_content()
 
     def update(self, batch: ExampleBatch) -> UpdateReport:
         """Learn a batch: each decision at most once as a negative and once as a positive.
@@ -150,23 +171,29 @@ class OnlineLearner:
         Raises:
             FloatingPointError: If the batch would make the model not finite; the reward model has learned nothing then.
         """
-        rows, skipped = self._intake.admit(batch)
+        parsed = self._parser.parse(batch)
+        rows, skipped = self._intake.admit(batch, faults(batch, parsed))
         unknown = Counter(self.features.unknown)
-        if rows:
-            batch = batch.take(rows)
-            encoded = self._encode(batch)
-            label_N = torch.from_numpy(batch.label.astype(np.float64)).to(self.device)
-            weight_N = torch.from_numpy(1.0 / batch.survival_probability).to(self.device)
-            provisional = torch.tensor([kind == LabelKind.PROVISIONAL for kind in batch.label_kind], device=self.device)
-            learned = self.reward_model.learn(encoded, label_N, weight_N, provisional, self.late_share)
-            first = np.array([kind != LabelKind.LATE_POSITIVE for kind in batch.label_kind], np.bool_)
-            self._validate(learned.probability.cpu().numpy(), batch.label.astype(np.float64), first)
-            self._count_late(batch, first)
-            self._remember(batch, first)
-            self.max_event_time_ms = max(self.max_event_time_ms, int(batch.occurred_at_ms.max()))
+        if len(rows):
+            self.features.advance(int(batch.occurred_at_ms[rows].max()))
+            encoded = self._encode(parsed, rows)
+            label_N = batch.label[rows].astype(np.float64)
+            is_late_N = batch.has_kind(LabelKind.LATE_POSITIVE)[rows]
+            learned = self.reward_model.learn(
+                encoded,
+                self._on_device(label_N),
+                self._on_device(1.0 / batch.survival_probability[rows]),
+                self._on_device(batch.has_kind(LabelKind.PROVISIONAL)[rows]),
+                self.late_share,
+            )
+            self._validate(learned.probability.cpu().numpy(), label_N, ~is_late_N)
+            self._count_late(label_N, is_late_N)
+            self._recent.add(batch, parsed, rows[~is_late_N])
+            self.max_event_time_ms = max(self.max_event_time_ms, int(batch.occurred_at_ms[rows].max()))
             self.num_updates += 1
             self._effects = None
-            self._metrics = self._train_generator(len(rows), int(first.sum()))
+            self._metrics = self._train_generator(len(rows), int((~is_late_N).sum()))
+            self._expire()
         for kind, count in (self.features.unknown - unknown).items():
             skipped[f"unknown_{kind}"] += count
         return UpdateReport(num_learned=len(rows), skipped=dict(skipped), metrics=self.metrics())
@@ -176,6 +203,11 @@ class OnlineLearner:
         """Share of the clicks that come after the wait, from the clicks so far and a prior of twenty."""
         return self._late[0] / self._late[1]
 
+    @property
+    def newest_validation(self) -> Validation:
+        """Progressive validation over the newest update's examples alone."""
+        return self._validation[-1] if self._validation else Validation()
+
     def metrics(self) -> dict[str, float]:
         """Return the state of learning: progressive validation, memories, generator."""
         weights = self.reward_model.memory_weights
@@ -183,35 +215,36 @@ class OnlineLearner:
         return {
             **sum(self._validation, start=Validation()).metrics(),
             "late_share": self.late_share,
+            "remembered_decisions": float(len(self._intake)),
+            "remembered_bytes": float(self._intake.num_bytes),
             "num_examples": float(self.reward_model.num_examples),
             "num_coefficients": float(self.reward_model.layout.size),
-            "num_jittered": float(self.reward_model.core.num_jittered),
+            "changes": float(self.reward_model.change.num_changes),
+            "change_evidence": self.reward_model.change.evidence,
+            "num_jittered": float(self.reward_model.num_jittered),
             **{f"memory_weight_{f:g}": w for f, w in zip(forgetting, weights, strict=True)},
             **self._metrics,
         }
 
-    def _encode(self, batch: ExampleBatch) -> Rows:
-        """Return the numbers of a batch; its new names enter the vocabulary first."""
-        features = self.features
-        product = [features.product(product_id) for product_id in batch.product_id]
-        chosen = []
-        seen: set[tuple[str, ...]] = set()
-        for row, context in enumerate(batch.context):
-            features.context(context)
-            # All candidates, not only the chosen: the next decision may choose any of them.
-            for slot, ids in batch.candidates[row].items():
-                if (slot, *ids) not in seen:
-                    seen.add((slot, *ids))
-                    for element_id in ids:
-                        features.element(slot, element_id)
-            creative = batch.creative[row]
-            chosen.append({features.slot(slot): features.element(slot, e) for slot, e in creative.items()})
+    def _encode(self, parsed: ParsedExamples, rows: NDArray[np.int64]) -> Rows:
+        """Return the numbers of these rows; their new names enter the vocabulary first."""
+        indexed = self._encoder.observe(parsed, rows)
         self._grow()
-        chosen_NS = torch.tensor([[row.get(s, -1) for s in range(len(self._spec.slots))] for row in chosen])
-        content_NSF = padded(self._content_EF, (len(self._content_EF) + 1, self._content_EF.shape[1]))[chosen_NS]
-        context_NC = torch.from_numpy(self._spec.context_matrix(batch.context))
-        parts = torch.tensor(product), context_NC, chosen_NS, content_NSF
-        return Rows(*(part.to(self.device) for part in parts))
+        numbers = indexed.encode(self._spec, self._content_EF)
+        return Rows(*(getattr(numbers, field.name).to(self.device) for field in fields(numbers)))
+
+    def _expire(self) -> None:
+        """Give rows back whose names were not seen for long."""
+        freed = self.features.expire()
+        if freed:
+            self._encoder.forget()
+            self.reward_model.reset(freed)
+            self.generator.reset(freed)
+            self._content_EF[list(freed.elements)] = 0.0
+            self._grow()
+
+    def _on_device(self, values: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(values).to(self.device)
 
     def _grow(self) -> None:
         """Make room for everything in the vocabulary."""
@@ -228,82 +261,89 @@ class OnlineLearner:
     def _validate(
         self, probability_N: NDArray[np.float64], label_N: NDArray[np.float64], first: NDArray[np.bool_]
     ) -> None:
-        likelihood_N = np.where(label_N > 0, probability_N, 1.0 - probability_N).clip(1e-12)
+        click_N = -np.log(probability_N.clip(1e-12))
+        no_click_N = -np.log((1.0 - probability_N).clip(1e-12))
+        loss_N = np.where(label_N > 0, click_N, no_click_N)
+        # A late click belongs to an impression that was counted before, as a negative: its loss then is taken back, at
+        # the probability of now, for that of then is not kept.
+        loss_N[~first] -= no_click_N[~first]
         self._validation.append(
             Validation(
-                # A late click belongs to an impression that was counted before.
                 num_examples=float(first.sum()),
                 num_clicks=float(label_N.sum()),
                 expected_clicks=float(probability_N[first].sum()),
-                log_loss=float(-np.log(likelihood_N)[first].sum()),
+                log_loss=float(loss_N.sum()),
             )
         )
         while sum(v.num_examples for v in list(self._validation)[1:]) >= VALIDATION_EXAMPLES:
             self._validation.popleft()
 
-    def _count_late(self, batch: ExampleBatch, first: NDArray[np.bool_]) -> None:
-        keep = 0.99 ** (len(batch) / 1000.0)
-        self._late = [
-            self._late[0] * keep + float((~first).sum()),
-            self._late[1] * keep + float(batch.label.sum()),
-        ]
-
-    def _remember(self, batch: ExampleBatch, first: NDArray[np.bool_]) -> None:
-        for row in np.flatnonzero(first):
-            request = DecisionRequest(batch.product_id[row], batch.context[row], batch.candidates[row])
-            label, propensity = int(batch.label[row]), float(batch.propensity[row])
-            self._recent.append(Logged(request, batch.creative[row], propensity, label))
+    def _count_late(self, label_N: NDArray[np.float64], is_late_N: NDArray[np.bool_]) -> None:
+        keep = 0.99 ** (len(label_N) / 1000.0)
+        self._late = [self._late[0] * keep + float(is_late_N.sum()), self._late[1] * keep + float(label_N.sum())]
 
     # -- generator ----------------------------------------------------------------------------------------------------
 
     def _train_generator(self, num_learned: int, num_new: int) -> dict[str, float]:
         """Train on recent impressions against the model as it is now; the leash is the generator before this update."""
         settings = self.settings.generator
-        num_steps = max(1, round(num_learned / settings.examples_per_step))
-        if not self._recent:
-            return {}
+        # The remainder is kept for the next update, so many small updates give as many steps as few large ones.
+        num_steps, self._stepless = divmod(self._stepless + num_learned, settings.examples_per_step)
+        if not (len(self._recent) and num_steps):
+            return self._metrics
         rng = np.random.default_rng([self.settings.seed, self.num_updates])
         torch_rng = torch.Generator().manual_seed(_seed(self.settings.seed, "generator", self.num_updates))
-        policy, effects = self._policy(""), self._judges()
+        effects = self._judges()
         published = dict(self.generator.weights) if self.num_updates > 1 else None
-        recent = list(self._recent)
+        recent = self._recent
         newest = max(1, min(num_new, len(recent)))
+        shape = num_steps, settings.cards
+        is_new = rng.random(shape) < self.settings.newest_share
+        back = np.where(is_new, rng.integers(newest, size=shape), rng.integers(len(recent), size=shape))
+        drawn = [[recent[-1 - i] for i in row] for row in back.tolist()]
+        # All at once, so that what is drawn twice is searched once.
+        winners = self._few_draws().winners([each.request for row in drawn for each in row])
         report: GeneratorReport | None = None
-        for _ in range(num_steps):
-            is_new = rng.random(settings.cards) < self.settings.newest_share
-            back = np.where(
-                is_new, rng.integers(newest, size=settings.cards), rng.integers(len(recent), size=settings.cards)
-            )
-            requests = [recent[-1 - int(i)].request for i in back]
-            won = [w[rng.integers(len(w), size=settings.winners)] for w in policy.winners(requests)]
-            cards, winner_BWS = self._cards(requests, won)
+        for step, cards_drawn in enumerate(drawn):
+            won = winners[step * settings.cards : (step + 1) * settings.cards]
+            cards, winner_BWS = self._cards(cards_drawn, won)
             report = train_step(self.generator, cards, effects, winner_BWS, published, torch_rng)
         return {f"generator_{name}": value for name, value in vars(report).items()} if report else {}
+
+    def _few_draws(self) -> Policy:
+        """Return a policy of about as many draws as winners are imitated: a search costs as much for each draw.
+
+        Draws are stratified over the memories in their order, so every so many-th of them are, too.
+        """
+        every = max(1, self.settings.num_draws // self.settings.generator.winners)
+        first = self.num_updates % every
+        few = {name: w[first::every] if name.startswith("draws.") else w for name, w in self._tensors().items()}
+        return Policy(self._spec, few, self._policy_settings())
 
     def _judges(self) -> dict[str, Tensor]:
         """Return the effects that judge the generator's creatives, see `learner.generator_training.rewards`."""
         effects = self._effects_now()
         return effects.draws | {"element": torch.from_numpy(effects.element).to(self.device)}
 
-    def _cards(self, requests: Sequence[DecisionRequest], winners: Sequence[NDArray[np.int64]]) -> tuple[Cards, Tensor]:
-        """Return requests as numbers, and their winners in the order of the vocabulary's slots."""
+    def _cards(self, drawn: Sequence[RecentImpression], winners: Sequence[NDArray[np.int64]]) -> tuple[Cards, Tensor]:
+        """Return impressions as cards in numbers, and their winners in the order of the vocabulary's slots."""
         spec, num_slots = self._spec, len(self._spec.slots)
-        widest = max(len(ids) for request in requests for ids in request.candidates.values())
-        candidate = np.full((len(requests), num_slots, widest), -1, np.int64)
+        widest = max(int(each.candidates.size_T.max()) for each in drawn)
+        candidate = np.full((len(drawn), num_slots, widest), -1, np.int64)
         mask = np.zeros(candidate.shape, np.bool_)
-        winner = np.zeros((len(requests), self.settings.generator.winners, num_slots), np.int64)
-        for b, request in enumerate(requests):
-            for t, (name, ids) in enumerate(request.candidates.items()):
-                slot = spec.slot_index.get(name, -1)
-                if slot >= 0:
-                    candidate[b, slot, : len(ids)] = [spec.element_index.get((slot, e), -1) for e in ids]
-                    mask[b, slot, : len(ids)] = True
-                    winner[b, :, slot] = winners[b][:, t]
+        winner = np.zeros((len(drawn), len(winners[0]), num_slots), np.int64)
+        for b, each in enumerate(drawn):
+            index, size_T = self._encoder.find(each.candidates, spec), each.candidates.size_T
+            for t in np.flatnonzero(index.slot >= 0):
+                slot, first, size = index.slot[t], index.first[t], size_T[t]
+                candidate[b, slot, :size] = index.element[first : first + size]
+                mask[b, slot, :size] = True
+                winner[b, :, slot] = winners[b][:, t]
         content_EF = self._content_EF + torch.from_numpy(self._effects_now().trait)
         content_EF = padded(content_EF, (len(content_EF) + 1, spec.content_size))
         parts = (
-            torch.tensor([spec.product_index.get(request.product_id, -1) for request in requests]),
-            torch.from_numpy(spec.context_matrix([request.context for request in requests])),
+            torch.tensor([spec.product_index.get(each.product_id, -1) for each in drawn]),
+            torch.from_numpy(spec.context_matrix([each.context for each in drawn])),
             torch.from_numpy(candidate),
             torch.from_numpy(mask),
             content_EF[torch.from_numpy(candidate)],
@@ -329,15 +369,20 @@ class OnlineLearner:
             **{f"generator.{name}": w for name, w in self.generator.weights.items()},
             "element_content": self._content_EF,
         }
-        return {name: np.asarray(w.detach().cpu().numpy(), order="C") for name, w in named.items()} | {
-            "product": effects.product,
-            "element": effects.element,
-            "element_sd": effects.element_sd,
-            "trait": effects.trait,
-            "trait_root": effects.trait_root,
-            "pair": effects.pair,
-            "pairs": pack_pairs(effects.pairs),
-        }
+        encoder = {f"encoder.{name}": array for name, array in self.features.encoder.tensors().items()}
+        return (
+            {name: np.asarray(w.detach().cpu().numpy(), order="C") for name, w in named.items()}
+            | encoder
+            | {
+                "product": effects.product,
+                "element": effects.element,
+                "element_sd": effects.element_sd,
+                "trait": effects.trait,
+                "trait_root": effects.trait_root,
+                "pair": effects.pair,
+                "pairs": pack_pairs(effects.pairs),
+            }
+        )
 
     def _policy_settings(self) -> PolicySettings:
         return PolicySettings(
@@ -389,13 +434,12 @@ class OnlineLearner:
         sha256 = hashlib.sha256(blob).hexdigest()
         policy = Policy(self._spec, tensors, self._policy_settings(), sha256)
         rng = np.random.default_rng([self.settings.seed, self.num_updates, 1])
-        recent = list(self._recent)
-        sample = rng.permutation(len(recent))[: self.settings.gate.probes]
+        sample = rng.permutation(len(self._recent))[: self.settings.gate.probes]
         verdict = judge(
             tensors,
             before=self._published.norms if self._published else None,
             validation=sum(self._validation, start=Validation()),
-            probed=probe(policy, [recent[i] for i in sample]),
+            probed=probe(policy, [self._recent[i].logged for i in sample]),
             settings=self.settings.gate,
         )
         self._candidate = _Published(sha256, norms(tensors))
@@ -426,17 +470,18 @@ class OnlineLearner:
         parts = self._parts()
         tensors = {f"{name}.{key}": w.contiguous() for name, part in parts.items() for key, w in part.tensors().items()}
         tensors["content"] = self._content_EF
+        encoder = self.features.encoder.tensors()
+        tensors |= {f"encoder.{name}": torch.from_numpy(array.copy()) for name, array in encoder.items()}
         state = {name: part.state() for name, part in parts.items()} | {
             "features": self.features.state(),
+            "encoder": self.features.encoder.id,
             "num_updates": self.num_updates,
             "max_event_time_ms": self.max_event_time_ms,
             "late": self._late,
+            "stepless": self._stepless,
             "metrics": self._metrics,
             "validation": [[v.num_examples, v.num_clicks, v.expected_clicks, v.log_loss] for v in self._validation],
-            "recent": [
-                [e.request.product_id, e.request.context, e.request.candidates, e.creative, e.propensity, e.label]
-                for e in self._recent
-            ],
+            "recent": self._recent.state(),
         }
         return tensors, state
 
@@ -447,21 +492,19 @@ class OnlineLearner:
             prefix = f"{name}."
             own = {key.removeprefix(prefix): w.clone() for key, w in tensors.items() if key.startswith(prefix)}
             part.restore(own, state[name])
+        encoder = {name: tensors[f"encoder.{name}"].numpy().copy() for name in ("kinds", "mean", "matrix")}
+        self.features.encoder = ContentEncoder.from_id(state["encoder"], encoder, text_encoders())
         self.features.restore(state["features"])
         self._content_EF = tensors["content"].clone()
         self.num_updates, self.max_event_time_ms = state["num_updates"], state["max_event_time_ms"]
         self._late, self._metrics = list(state["late"]), dict(state["metrics"])
+        self._stepless = state.get("stepless", 0)
         self._validation = deque(
             Validation(num_examples=n, num_clicks=c, expected_clicks=e, log_loss=loss)
             for n, c, e, loss in state["validation"]
         )
-        self._recent = deque(
-            (
-                Logged(DecisionRequest(product_id, context, candidates), creative, propensity, label)
-                for product_id, context, candidates, creative, propensity, label in state["recent"]
-            ),
-            maxlen=self.settings.replay_size,
-        )
+        self._recent.restore(state["recent"], self._parser.shelf.make)
+        self._encoder.forget()
         self._spec, self._effects = self.features.freeze(), None
         self._candidate = self._published = None
 

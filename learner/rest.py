@@ -86,6 +86,14 @@ class Touched:
         nothing = np.zeros(len(self.context))
         return np.stack([self._pass(k, False, nothing, nothing, nothing) for k in range(len(self.mean["product"]))], 1)
 
+    def appeal(self) -> FloatArray:
+        """Return the products' part of it, (N, K)."""
+        mean_KUC, index_N = self.mean["product"], self.index["product"]
+        if not mean_KUC.shape[1]:
+            return np.zeros((len(index_N), len(mean_KUC)))
+        appeal_KN = np.einsum("knc,nc->kn", mean_KUC[:, index_N], self.context)
+        return np.where(index_N[:, None] >= 0, appeal_KN.T, 0.0)
+
     def learn(self, core_NK: FloatArray, label_N: FloatArray, weight_N: FloatArray) -> None:
         """Learn the examples one after the other, given the core's logits."""
         for k in range(core_NK.shape[1]):
@@ -137,11 +145,12 @@ class DiagonalRest:
     def _resize(self, name: str, rows: int, width: int) -> None:
         old = self._tables[name]
         _, num_rows, num_columns = old.mean.shape
-        # Room for half as many more, so that growing by one name at a time copies nothing most of the time. Room that
-        # is there is kept, also when the table becomes wider.
-        rows = max(rows, num_rows * 3 // 2) if rows > num_rows else num_rows
-        if (rows, width) == (num_rows, num_columns):
+        if rows <= num_rows and width == num_columns:
             return
+        if rows > num_rows:
+            # Room for half as many more, so that growing by one name at a time copies nothing most of the time.
+            rows = max(rows, num_rows * 3 // 2)
+        rows = max(rows, num_rows)
         new = self._empty(name, rows, width)
         new.mean[:, :num_rows, :num_columns] = old.mean
         new.variance[:, :num_rows, :num_columns] = old.variance
@@ -158,6 +167,21 @@ class DiagonalRest:
             stale_R = np.isin(self.pairs, rows).any(1)
             if stale_R.any():
                 self._forget_pairs(np.flatnonzero(stale_R))
+
+    def widen(self, share: float) -> None:
+        """Forget a share of what is known of elements and pairs, in every memory."""
+        for name in ("element", "pair"):
+            table = self._tables[name]
+            prior = self.settings.prior(name, table.mean.shape[2])
+            table.mean *= 1.0 - share / 2
+            table.variance += share * (prior - table.variance)
+
+    def reset_context(self, columns: IntArray) -> None:
+        """Bring the effects with context columns back to the prior: other categories take the columns."""
+        for name in ("product", "element"):
+            table = self._tables[name]
+            table.mean[:, :, 1 + columns] = 0.0
+            table.variance[:, :, 1 + columns] = self.settings.prior(name, table.mean.shape[2])[1 + columns]
 
     def touch(self, rows: Rows, now: int) -> Touched:
         """Return the rows of a batch after `now` learned examples; pairs that have none yet come with their prior."""

@@ -8,10 +8,11 @@ starts again from a checkpoint therefore first repeats those recorded after it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from streams.contracts.examples import ExampleBatch
@@ -31,6 +32,10 @@ class Update(BaseModel):
     """For each partition of `examples`, the offset of the first record that is not in this update."""
     catalog_until: Offset
     """Offset of the first record of `catalog` that was not known."""
+    epoch: Annotated[int, Field(ge=0)] = 0
+    """Fencing token of the learner that recorded it."""
+    num_examples: Annotated[int, Field(ge=0)] | None = None
+    """Examples between the bounds; what is learned from them, generator steps included, follows from them alone."""
 
     @classmethod
     def from_bytes(cls, value: bytes) -> Update:
@@ -43,6 +48,27 @@ class Update(BaseModel):
             return cls.model_validate_json(value)
         except ValidationError as error:
             raise ValueError(f"not a record of the topic updates: {error.errors()[0]['msg']}") from None
+
+
+def effective(recorded: Iterable[Update], epoch: int = 0) -> list[Update]:
+    """Return the updates that count, in the order of the topic.
+
+    A learner that was paused until another took its place may wake up and record updates that its successor has not
+    seen; the larger epoch holds, as it does for snapshots.
+
+    Args:
+        recorded: In the order of the topic.
+        epoch: That of the newest update before them.
+    """
+    found: list[Update] = []
+    for update in recorded:
+        if update.epoch < epoch:
+            continue
+        epoch = update.epoch
+        while found and found[-1].number >= update.number:
+            found.pop()
+        found.append(update)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +131,16 @@ class Backlog:
                     break
         return until
 
-    def holds(self, until: dict[int, int]) -> bool:
+    def count(self, until: dict[int, int]) -> int:
+        """Return how many examples wait before these offsets."""
+        return sum(
+            len(record.examples)
+            for partition, offset in until.items()
+            for record in self._records.get(partition, ())
+            if record.offset < offset
+        )
+
+    def holds(self, until: Mapping[int, int]) -> bool:
         """Tell whether everything before these offsets is here or learned."""
         return all(self.next_offset.get(partition, 0) >= offset for partition, offset in until.items())
 
@@ -124,3 +159,13 @@ def concat(records: Iterable[PendingRecord]) -> ExampleBatch | None:
     """Return the examples of the records one after the other, or None if there are none."""
     batches = [record.examples for record in records if len(record.examples)]
     return ExampleBatch.concat(batches) if batches else None
+
+
+def in_order(batch: ExampleBatch) -> ExampleBatch:
+    """Return the batch in the order of decision id, a negative before its late positive.
+
+    Learning is a sum over the examples, and sums are rounded in the order in which they are made. The archive keeps
+    the order of the log only within an hour, so an update has an order of its own.
+    """
+    keys = [("decision_id", "ascending"), ("label", "ascending")]
+    return batch.take(pc.sort_indices(batch.columns.select([name for name, _ in keys]), sort_keys=keys).to_numpy())

@@ -101,10 +101,11 @@ def card_of(product_id: str, spec: FeatureSpec, catalog: Catalog) -> tuple[Mappi
     if product_id in catalog.products:
         return catalog.products[product_id].slots, "catalog"
     if product_id not in spec.product_index:
-        raise ProductError(unknown_product(product_id, dict.fromkeys([*catalog.products, *spec.products])))
+        raise ProductError(unknown_product(product_id, dict.fromkeys([*catalog.products, *spec.product_index])))
     candidates: dict[str, list[str]] = {}
-    for slot, element_id in spec.elements:
-        candidates.setdefault(spec.slots[slot], []).append(element_id)
+    slots = {index: name for name, index in spec.slot_index.items()}
+    for slot, element_id in spec.element_index:
+        candidates.setdefault(slots[slot], []).append(element_id)
     return candidates, "snapshot"
 
 

@@ -82,7 +82,7 @@ def explain(policy: Policy, question: Question) -> Explanation:
     Raises:
         QuestionError: If there is no such slot, no candidate, or more than can be answered.
     """
-    others = [c for c in policy.spec.context if c.value is not None and c.field not in question.context]
+    others = [c for c in policy.spec.columns if c.value is not None and c.field not in question.context]
     _check(question, 1 + len(others))
     whole = _View(policy, question, question.context, None)
     contexts, tastes = [], []
@@ -99,7 +99,7 @@ def explain(policy: Policy, question: Question) -> Explanation:
         product_id=question.product_id,
         product_known=question.product_id in policy.spec.product_index,
         context=dict(question.context),
-        averaged_over=list(dict.fromkeys(c.field for c in policy.spec.context if c.field not in question.context)),
+        averaged_over=list(dict.fromkeys(c.field for c in policy.spec.columns if c.field not in question.context)),
         slots=whole.slots(),
         contexts=contexts,
         tastes=tastes[:MAX_PAIRS],
@@ -116,11 +116,11 @@ def read_context(spec: FeatureSpec, fields: Mapping[str, str]) -> dict[str, Cont
     """
     out: dict[str, ContextValue] = {}
     for name, text in fields.items():
-        columns = [c for c in spec.context if c.field == name]
+        columns = [c for c in spec.columns if c.field == name]
         values = {str(c.value).lower() if isinstance(c.value, bool) else str(c.value): c.value for c in columns}
         value = values.get(text, values.get(text.lower()))
         if not columns:
-            known = ", ".join(dict.fromkeys(c.field for c in spec.context)) or "none"
+            known = ", ".join(dict.fromkeys(c.field for c in spec.columns)) or "none"
             raise QuestionError(f"context.{name[:80]}", f"the snapshot knows no such field; it knows {known[:400]}")
         if value is not None:
             out[name] = value
@@ -291,7 +291,7 @@ def mixed_contexts(spec: FeatureSpec, given: Mapping[str, ContextValue]) -> list
     Each field goes through its values in an order of its own, so that no two fields change in step.
     """
     others: dict[str, list[ContextValue]] = {}
-    for column in spec.context:
+    for column in spec.columns:
         if column.field not in given and column.value is not None:
             others.setdefault(column.field, []).append(column.value)
     if not others:
@@ -306,11 +306,11 @@ def average_context(spec: FeatureSpec, given: Mapping[str, ContextValue]) -> Flo
     """Return the (C,) numbers of the average over all contexts that hold what is given."""
     row: FloatArray = spec.context_row(given)
     counts: dict[str, int] = {}
-    for column in spec.context:
+    for column in spec.columns:
         counts[column.field] = counts.get(column.field, 0) + (column.value is not None)
-    for c, column in enumerate(spec.context):
-        if column.value is not None and column.field not in given:
-            row[c] = 1.0 / counts[column.field]
+    for c, place in enumerate(spec.context):
+        if place is not None and place.value is not None and place.field not in given:
+            row[c] = 1.0 / counts[place.field]
     return row
 
 

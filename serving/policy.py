@@ -48,7 +48,9 @@ from serving.effects import Effects
 from serving.pointer import Pointer
 from serving.search import Ascent, Card, Deck, Shape
 from streams.contracts.catalog import Element
-from streams.contracts.features import ContentEncoder, ContextValue, FeatureSpec
+from streams.contracts.encoders import ContentEncoder
+from streams.contracts.features import ContextValue, FeatureSpec
+from streams.contracts.sentences import text_encoders
 from streams.contracts.snapshot import SnapshotError, SnapshotManifest, unpack_tensors
 
 FloatArray = NDArray[np.float32]
@@ -170,7 +172,11 @@ class Policy:
         self._pointer = Pointer(
             {n.removeprefix("generator."): w for n, w in tensors.items() if n.startswith("generator.")}
         )
-        self._encoder = ContentEncoder.from_id(spec.encoder)
+        self._encoder = ContentEncoder.from_id(
+            spec.encoder,
+            {name: tensors[f"encoder.{name}"] for name in ("kinds", "mean", "matrix")},
+            text_encoders(),
+        )
         self._lock = threading.Lock()
         self._cards: OrderedDict[bytes, Card] = OrderedDict()
         self._decks: OrderedDict[Shape, Deck] = OrderedDict()
@@ -378,7 +384,7 @@ class Policy:
                     # Known from an impression but not yet from the catalog counts as unknown here.
                     if element_id in request.content and not content[t][a].any():
                         element = request.content[element_id]
-                        content[t][a] = self._encoder.encode(element.features, element.text)
+                        content[t][a] = self._encoder.encode(names[t], element.features, element.text)
             card = self._cards[key] = Card(key, names, elements, slots, index, content)
             while len(self._cards) > MAX_CARDS:
                 self._cards.popitem(last=False)

@@ -45,9 +45,10 @@ def described_elements(blob: bytes) -> dict[str, frozenset[str]]:
     spec = FeatureSpec.from_json(tensors["vocabulary"].tobytes())
     has_content: list[bool] = [bool(row.any()) for row in tensors["element_content"]]
     found: dict[str, set[str]] = {}
-    for (slot, element_id), is_known in zip(spec.elements, has_content, strict=True):
-        if is_known:
-            found.setdefault(spec.slots[slot], set()).add(element_id)
+    names = {index: name for name, index in spec.slot_index.items()}
+    for (slot, element_id), row in spec.element_index.items():
+        if has_content[row]:
+            found.setdefault(names[slot], set()).add(element_id)
     return {slot: frozenset(ids) for slot, ids in found.items()}
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from streams.contracts.codec import encode_context
 from streams.contracts.events import Click, Impression
-from streams.contracts.examples import LabelKind, encode_examples
+from streams.contracts.examples import EXAMPLE_SCHEMA, ExampleBatch, LabelKind, encode_examples
 
 Labeled = tuple[Impression, LabelKind, Click | None]
 """What is in an example: the impression, the kind of its label, and the click if it is a positive."""
@@ -41,6 +41,15 @@ def clicked(decision_id: str, time_ms: int = 1500, reward: float = 1.0) -> Click
 
 def examples_value(examples: Sequence[Labeled]) -> bytes:
     """Return the value of a record of the topic `examples`, made without the joiner's code."""
+    return encode_examples(_columns(examples))
+
+
+def batch_of(impressions: Sequence[Impression]) -> ExampleBatch:
+    """Return impressions that nobody has clicked so far."""
+    return ExampleBatch.from_columns(_columns([(each, LabelKind.PROVISIONAL, None) for each in impressions]))
+
+
+def _columns(examples: Sequence[Labeled]) -> dict[str, list[Any]]:
     impressions = [impression for impression, _, _ in examples]
     columns: dict[str, list[Any]] = {
         name: [getattr(impression, name) for impression in impressions]
@@ -54,4 +63,16 @@ def examples_value(examples: Sequence[Labeled]) -> bytes:
     columns["delay_ms"] = [
         None if click is None else click.occurred_at_ms - impression.occurred_at_ms for impression, _, click in examples
     ]
-    return encode_examples(columns)
+    return columns
+
+
+def changed(batch: ExampleBatch, **columns: Any) -> ExampleBatch:
+    """Return a batch with other values: a list for all rows of a column, or row -> value."""
+    maps = ("candidates", "creative", "slot_propensities")
+    values = {name: batch.columns.column(name).to_pylist() for name in EXAMPLE_SCHEMA.names}
+    values |= {name: [dict(pairs) for pairs in values[name]] for name in maps}
+    for name, new in columns.items():
+        changes = new if isinstance(new, dict) else dict(enumerate(new))
+        for row, value in changes.items():
+            values[name][row] = value
+    return ExampleBatch.from_columns(values)

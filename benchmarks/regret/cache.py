@@ -1,7 +1,8 @@
 """Results that are kept on disk, so that a run is never repeated for nothing.
 
 A result is kept under a hash of all that decides it: the world's configuration, the policy, seeds, length, and the
-sources of the runner, the world and the policy. Of the sources counts what is executed, not comments or docstrings.
+sources of the runner, the world and the policy with all that they import of ours. Of the sources counts what is
+executed, not comments or docstrings.
 Each result is a small JSON file; a folder may be shared by any number of processes.
 """
 
@@ -11,7 +12,7 @@ import ast
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cache as remember
 from pathlib import Path
@@ -23,9 +24,8 @@ from benchmarks.regret.worlds import BATCH, RATE, WORLDS
 
 FORMAT: Final = 1
 ROOT: Final = Path(__file__).resolve().parents[2]
-_WORLD: Final = ("genco.world", "genco.world_config", "benchmarks.regret.traffic")
-_RUNNER: Final = ("benchmarks.regret.run", "benchmarks.regret.labels", "benchmarks.regret.policies.base")
-_SHARED: Final = tuple(f"benchmarks.regret.policies.{name}" for name in ("content", "diagonal", "search"))
+_APART: Final = ("benchmarks.regret.policies", "benchmarks.regret.worlds")
+"""Lists of policies and worlds: of these only the entry in question counts, so others may be added."""
 
 
 def default_folder() -> Path:
@@ -61,15 +61,14 @@ class ResultCache:
 
 def reference_key(world: str, seed: int, impressions: int) -> str:
     """Return the key of what best and uniform play get."""
-    return _key("reference", _world(world), seed, impressions, source_version(_WORLD))
+    return _key("reference", _world(world), seed, impressions, source_version("benchmarks.regret.traffic"))
 
 
 def run_key(run: Run) -> str:
     """Return the key of a run's outcome."""
     entry = REGISTRY[run.policy]
-    own = f"benchmarks.regret.policies.{entry.module}"
-    sources = source_version((*_WORLD, *_RUNNER, *_SHARED, own, *entry.sources))
-    return _key("run", _world(run.world), run.policy, entry.name, run.seed, run.repeat, run.impressions, sources)
+    sources = [source_version(m) for m in ("benchmarks.regret.run", f"benchmarks.regret.policies.{entry.module}")]
+    return _key("run", _world(run.world), entry.name, run.seed, run.repeat, run.impressions, *sources)
 
 
 def _world(name: str) -> dict[str, Any]:
@@ -81,27 +80,44 @@ def _key(kind: str, *parts: Any) -> str:
     return f"{kind}-{digest[:32]}"
 
 
-def source_version(modules: Sequence[str]) -> str:
-    """Return a hash of what is executed in modules of ours, and in all modules of packages.
+@remember
+def source_version(module: str) -> str:
+    """Return a hash of what is executed in a module and in all of ours that it imports, directly or not.
 
     Raises:
         ValueError: If there is no such module.
     """
-    digest = hashlib.sha256()
-    for module in modules:
-        path = ROOT.joinpath(*module.split("."))
-        files = sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
-        if not files or not files[0].is_file():
-            raise ValueError(f"{module} is no module below {ROOT}; its sources decide which results are kept")
-        for file in files:
-            digest.update(f"{file.relative_to(ROOT)} {_executed(file.read_text('utf-8'))}\n".encode())
-    return digest.hexdigest()
+    if _path(module) is None:
+        raise ValueError(f"{module} is no module below {ROOT}; its sources decide which results are kept")
+    found, waiting = dict[str, str](), [module]
+    while waiting:
+        name = waiting.pop()
+        path = _path(name)
+        if path is None or name in found or name in _APART:
+            continue
+        tree = ast.parse(path.read_text("utf-8"))
+        found[name] = _executed(tree)
+        waiting += _imported(tree)
+    return hashlib.sha256(json.dumps(sorted(found.items())).encode()).hexdigest()
 
 
-@remember
-def _executed(source: str) -> str:
-    """Return a hash of a source without its comments and docstrings."""
-    tree = ast.parse(source)
+def _path(module: str) -> Path | None:
+    path = ROOT.joinpath(*module.split("."))
+    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
+
+
+def _imported(tree: ast.AST) -> Iterator[str]:
+    """Yield the modules that a tree imports anywhere; some of the names may be none."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _executed(tree: ast.Module) -> str:
+    """Return a hash of a tree without its docstrings, which it is relieved of."""
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):

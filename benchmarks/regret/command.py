@@ -43,6 +43,7 @@ def add_parser(benches: Any) -> None:
     parser.add_argument("--workers", type=_from(1), default=os.cpu_count() or 1, metavar="N", help="processes (cores)")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="keep results here; default: the user's cache folder")
     parser.add_argument("--fresh", action="store_true", help="run what is in the cache too")
+    parser.add_argument("--obd", type=Path, metavar="DIR", help="replay this Open Bandit log instead of the worlds")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the regret over time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write one JSON object here")
     parser.set_defaults(command=run)
@@ -67,6 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(stderr=True)
     worlds = _known("world", arguments.worlds or list(WORLDS), list(WORLDS))
     policies = _installed(_known("policy", arguments.policies or list(REGISTRY), list(REGISTRY)), arguments, console)
+    if arguments.obd:
+        return _replay(arguments, [name for name in policies if REGISTRY[name].worlds is None], console)
     runs = [
         Run(
             world=world,
@@ -89,13 +92,30 @@ def run(arguments: argparse.Namespace) -> int:
     }
     for table in tables(summary):
         Console().print(table)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
+    _write(arguments.json, summary)
     if arguments.plot:
         from benchmarks.regret.plot import draw
 
         draw(results, arguments.plot)
     return 0
+
+
+def _replay(arguments: argparse.Namespace, policies: list[str], console: Any) -> int:
+    from rich.console import Console
+
+    from benchmarks.regret.obd import replay
+    from benchmarks.regret.report import replay_tables
+
+    summary = replay(arguments.obd, policies, say=console.print)
+    for table in replay_tables(summary):
+        Console().print(table)
+    _write(arguments.json, summary)
+    return 0
+
+
+def _write(path: Path | None, summary: dict[str, Any]) -> None:
+    if path:
+        path.write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
 
 
 def _execute(runs: list[Run], cache: Any, arguments: argparse.Namespace, console: Any) -> Results:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any, Final
 
 from benchmarks.regret.cache import ResultCache, reference_key, run_key
@@ -60,7 +63,7 @@ def execute(
         finished: Told of each job that ends.
 
     Raises:
-        Exception: Whatever a run raises; runs that have not begun are given up.
+        RuntimeError: If a run fails or its process is killed; the other runs are given up.
     """
     places = sorted({(run.world, run.seed, run.impressions) for run in runs})
     references = {
@@ -84,25 +87,56 @@ def _run_missing(
     workers: int,
     finished: Callable[[str], None],
 ) -> None:
-    if not jobs:
-        return
     os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))
     # The interpreters that compile for the peers must not write beside the sources.
     os.environ.setdefault("NUMBA_CACHE_DIR", str(cache.folder / "numba"))
+    waiting, running = deque(jobs), dict[Connection, tuple[BaseProcess, _Job]]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                receive, process = _start(waiting[0])
+                running[receive] = process, waiting.popleft()
+            ready = wait(list(running))
+            for receive in [receive for receive in running if receive in ready]:
+                process, job = running.pop(receive)
+                values[job.key] = _result(receive, process, job.label)
+                cache.put(job.key, values[job.key])
+                finished(job.label)
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+            process.join()
+
+
+# Not concurrent.futures: with a task a process, Python 3.11 can hang or fail in a thread when a run has failed.
+def _start(job: _Job) -> tuple[Connection, BaseProcess]:
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
-        waiting: dict[Future[Any], _Job] = {pool.submit(job.work, *job.arguments): job for job in jobs}
-        try:
-            while waiting:
-                done, _ = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in done:
-                    job = waiting.pop(future)
-                    values[job.key] = future.result()
-                    cache.put(job.key, values[job.key])
-                    finished(job.label)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(send, job.work, job.arguments), daemon=True)
+    process.start()
+    send.close()
+    return receive, process
+
+
+def _work(send: Connection, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    try:
+        send.send((work(*arguments), None))
+    except Exception as error:
+        send.send((None, f"{type(error).__name__}: {error}"))
+        raise
+
+
+def _result(receive: Connection, process: BaseProcess, label: str) -> Any:
+    try:
+        value, error = receive.recv()
+    except EOFError:
+        value, error = None, "its process was killed; is there enough memory for so many workers?"
+    process.join()
+    receive.close()
+    if error:
+        raise RuntimeError(f"{label}: {error} (exit code {process.exitcode})")
+    return value
 
 
 def _reference(world: str, seed: int, impressions: int) -> dict[str, Any]:

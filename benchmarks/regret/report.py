@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from benchmarks.regret.policies import OURS
@@ -84,22 +85,12 @@ def mean_se(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def tables(summary: dict[str, Any]) -> list[Table]:
-    """Return a table for each world, for the terminal."""
+    """Return a table for each world, for a terminal of 80 columns."""
     out = []
     for world, entry in summary["worlds"].items():
         rates = f"click rate uniform {entry['uniform_click_rate']:.2%}, best {entry['best_click_rate']:.2%}"
-        table = Table(title=f"{world}: {rates}", title_justify="left")
-        for column in (
-            "policy",
-            "regret",
-            "last 20 %",
-            f"{OURS} minus it",
-            "us a decision",
-            "ms an update",
-            "MB",
-            "runs",
-        ):
-            table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=column == "policy")
+        table = _table(f"{world}: {rates}", "policy", "regret", "last 20 %", "difference", "us", "ms", "MB", "runs")
+        table.caption = f"difference: {OURS} minus it, same seeds; us a decision, ms an update"
         ranked = sorted(entry["policies"].items(), key=lambda item: item[1]["overall"]["mean"])
         for name, policy in ranked:
             paired = entry["paired"].get(name)
@@ -117,8 +108,34 @@ def tables(summary: dict[str, Any]) -> list[Table]:
     return out
 
 
+def replay_tables(summary: dict[str, Any]) -> list[Table]:
+    """Return a table for each replayed log, for the terminal."""
+    out = []
+    for log, entry in summary["obd"].items():
+        title = f"{log}: {entry['clicks']} clicks of {entry['rows']:,} rows, {entry['click_rate']:.2%}"
+        table = _table(title, "policy", "click rate, %", "effective rows")
+        for name, value in entry["policies"].items():
+            mean, se = (None if value[part] is None else 100 * value[part] for part in ("snips", "se"))
+            table.add_row(name, _number(mean, se), f"{value['effective_size']:.0f}")
+        out.append(table)
+    return out
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
+    return table
+
+
 def _number(mean: float | None, se: float | None, sign: str = "") -> str:
+    """Return a figure without its leading zero.
+
+    Example:
+        >>> _number(-0.0781, 0.0142, sign="+")
+        '-.078±.014'
+    """
     if mean is None:
         return "-"
-    text = f"{mean:{sign}.3f}"
-    return text if se is None else f"{text} ± {se:.3f}"
+    parts = [f"{mean:{sign}.3f}", *([] if se is None else [f"{se:.3f}"])]
+    return "±".join(part.replace("0.", ".", 1) if part.lstrip("+-").startswith("0.") else part for part in parts)

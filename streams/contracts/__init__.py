@@ -8,7 +8,9 @@ submodule that you need, so that a server does not load pyarrow for the sake of 
     codec         batches of events <-> NDJSON bytes of one Kafka record
     decision_ids  route, time-ordered id and MAC
     examples      labeled impressions <-> one Arrow record batch
-    features      how a context and an element become numbers
+    features      how a context becomes numbers: the frozen vocabulary of a model
+    growing       the vocabulary of a learner: growth, expiry, limits
+    encoders      how the content of an element becomes numbers
     snapshot      published weights: safetensors and a signed manifest
     registry      key names of the snapshot registry in Redis
     topics        the topic table

@@ -15,13 +15,14 @@ duplicates and re-emission after a crash change nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import Any, Final, Self
+from functools import cached_property
+from typing import Any, Final
 
 import msgspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 SCHEMA_VERSION: Final = 1
@@ -66,90 +67,197 @@ EXAMPLE_SCHEMA = pa.schema(
 )
 
 ContextValue = str | int | float | bool
+Values = Sequence[Any] | NDArray[Any]
+_decode_context = msgspec.json.Decoder(dict[str, ContextValue]).decode
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ExampleBatch:
-    """N labeled impressions, column by column, in the order of the log.
+    """N labeled impressions in columns, in the order of the log; never changed.
 
-    Columns are Python lists where values are text or mappings, arrays where they are numbers. `creative`, `candidates`
-    and `slot_propensities` keep the slot order of the decision.
+    Numbers are arrays of shape (N,). Texts and maps stay as Arrow holds them, in `columns`, for what reads many
+    examples looks at each distinct value once. The lists of Python values are for tools and tests, which look at every
+    example: each is made when it is first asked for. Maps keep the slot order of the decision.
     """
 
-    decision_id: list[str]
-    occurred_at_ms: NDArray[np.int64]
-    product_id: list[str]
-    context: list[dict[str, ContextValue]]
-    candidates: list[dict[str, list[str]]]
-    creative: list[dict[str, str]]
-    slot_propensities: list[dict[str, float]]
-    propensity: NDArray[np.float64]
-    model_id: list[str]
-    epoch: NDArray[np.int64]
-    policy_version: NDArray[np.int64]
-    source: list[str]
-    holdout: NDArray[np.bool_]
-    seed: NDArray[np.int64]
-    survival_probability: NDArray[np.float64]
-    label: NDArray[np.int8]
-    reward: NDArray[np.float64]
-    label_kind: list[str]
-    delay_ms: NDArray[np.int64]
-    """`NO_DELAY` without a click."""
+    def __init__(self, columns: pa.RecordBatch) -> None:
+        """Take N rows of `EXAMPLE_SCHEMA`."""
+        self.columns = columns
 
-    def __len__(self) -> int:
-        """Return N."""
-        return len(self.decision_id)
+    @classmethod
+    def from_columns(cls, columns: Mapping[str, Values]) -> ExampleBatch:
+        """Return examples from values, as `encode_examples` takes them.
 
-    def take(self, rows: Sequence[int] | NDArray[np.intp]) -> Self:
-        """Return the batch of the given rows, in that order."""
-        index = np.asarray(rows, np.intp)
-        columns: dict[str, Any] = {}
-        for field in fields(self):
-            column = getattr(self, field.name)
-            columns[field.name] = [column[i] for i in index] if isinstance(column, list) else column[index]
-        return type(self)(**columns)
+        Raises:
+            ValueError: If a column is missing or holds a value of another type.
+        """
+        try:
+            arrays = [
+                pa.array(
+                    [list(v.items()) for v in columns[f.name]] if pa.types.is_map(f.type) else columns[f.name], f.type
+                )
+                for f in EXAMPLE_SCHEMA
+            ]
+            return cls(pa.RecordBatch.from_arrays(arrays, schema=EXAMPLE_SCHEMA))
+        except KeyError as missing:
+            raise ValueError(f"examples lack the column {missing}; expected {EXAMPLE_SCHEMA.names}") from None
+        except (pa.ArrowInvalid, pa.ArrowTypeError, AttributeError, OverflowError) as error:
+            raise ValueError(f"a column of examples does not fit the schema: {error}") from error
 
     @classmethod
     def empty(cls) -> ExampleBatch:
         """Return the batch of no examples."""
-        return decode_examples(encode_examples({name: [] for name in EXAMPLE_SCHEMA.names}))
+        return cls.from_columns({name: [] for name in EXAMPLE_SCHEMA.names})
 
     @classmethod
     def concat(cls, batches: Sequence[ExampleBatch]) -> ExampleBatch:
         """Return the batches one after the other."""
-        if not batches:
-            return cls.empty()
-        columns: dict[str, Any] = {}
-        for field in fields(cls):
-            parts = [getattr(batch, field.name) for batch in batches]
-            if isinstance(parts[0], list):
-                columns[field.name] = [value for part in parts for value in part]
-            else:
-                columns[field.name] = np.concatenate(parts)
-        return cls(**columns)
+        return cls(pa.concat_batches([batch.columns for batch in batches])) if batches else cls.empty()
+
+    def __len__(self) -> int:
+        """Return N."""
+        num_rows: int = self.columns.num_rows
+        return num_rows
+
+    def take(self, rows: Sequence[int] | NDArray[np.intp]) -> ExampleBatch:
+        """Return the batch of the given rows, in that order."""
+        return ExampleBatch(self.columns.take(pa.array(np.asarray(rows, np.int64))))
+
+    def has_kind(self, kind: LabelKind) -> NDArray[np.bool_]:
+        """Say for each example whether its label is of this kind, (N,)."""
+        has: NDArray[np.bool_] = pc.equal(self.columns.column("label_kind"), kind.value).to_numpy(zero_copy_only=False)
+        return has
+
+    def _numbers(self, name: str) -> NDArray[Any]:
+        numbers: NDArray[Any] = self.columns.column(name).to_numpy(zero_copy_only=False)
+        return numbers
+
+    def _texts(self, name: str) -> list[str]:
+        texts: list[str] = self.columns.column(name).to_pylist()
+        return texts
+
+    def _maps(self, name: str) -> list[dict[str, Any]]:
+        return [dict(pairs) for pairs in self.columns.column(name).to_pylist()]
+
+    @cached_property
+    def occurred_at_ms(self) -> NDArray[np.int64]:
+        """When each was shown."""
+        return self._numbers("occurred_at_ms")
+
+    @cached_property
+    def propensity(self) -> NDArray[np.float64]:
+        """Of the whole creative."""
+        return self._numbers("propensity")
+
+    @cached_property
+    def epoch(self) -> NDArray[np.int64]:
+        """Of the policy that decided."""
+        return self._numbers("epoch")
+
+    @cached_property
+    def policy_version(self) -> NDArray[np.int64]:
+        """Of the policy that decided."""
+        return self._numbers("policy_version")
+
+    @cached_property
+    def holdout(self) -> NDArray[np.bool_]:
+        """Whether the uniform share decided."""
+        return self._numbers("holdout")
+
+    @cached_property
+    def seed(self) -> NDArray[np.int64]:
+        """Of the decision."""
+        return self._numbers("seed")
+
+    @cached_property
+    def survival_probability(self) -> NDArray[np.float64]:
+        """That the impression was not dropped before it reached Kafka."""
+        return self._numbers("survival_probability")
+
+    @cached_property
+    def label(self) -> NDArray[np.int8]:
+        """1 if a click is known, else 0."""
+        return self._numbers("label")
+
+    @cached_property
+    def reward(self) -> NDArray[np.float64]:
+        """Worth of the click."""
+        return self._numbers("reward")
+
+    @cached_property
+    def delay_ms(self) -> NDArray[np.int64]:
+        """From the impression to its click; `NO_DELAY` without one."""
+        delays: NDArray[np.int64] = pc.fill_null(self.columns.column("delay_ms"), NO_DELAY).to_numpy()
+        return delays
+
+    @cached_property
+    def decision_id(self) -> list[str]:
+        """Id of each decision."""
+        return self._texts("decision_id")
+
+    @cached_property
+    def product_id(self) -> list[str]:
+        """Product of each card."""
+        return self._texts("product_id")
+
+    @cached_property
+    def model_id(self) -> list[str]:
+        """Of the policy that decided."""
+        return self._texts("model_id")
+
+    @cached_property
+    def source(self) -> list[str]:
+        """Rung of the ladder that decided."""
+        return self._texts("source")
+
+    @cached_property
+    def label_kind(self) -> list[str]:
+        """See `LabelKind`."""
+        return self._texts("label_kind")
+
+    @cached_property
+    def candidates(self) -> list[dict[str, list[str]]]:
+        """Slot -> element ids."""
+        return self._maps("candidates")
+
+    @cached_property
+    def creative(self) -> list[dict[str, str]]:
+        """Slot -> element id."""
+        return self._maps("creative")
+
+    @cached_property
+    def slot_propensities(self) -> list[dict[str, float]]:
+        """Slot -> probability of its element given those of the earlier slots."""
+        return self._maps("slot_propensities")
+
+    @cached_property
+    def context(self) -> list[dict[str, ContextValue]]:
+        """Field -> value; raises ValueError if a context is no JSON object of such values."""
+        return [parse_context(text) for text in self._texts("context")]
 
 
-def encode_examples(columns: Mapping[str, Sequence[Any]]) -> bytes:
+def parse_context(text: str) -> dict[str, ContextValue]:
+    """Return the context that stands as JSON in an example.
+
+    Raises:
+        ValueError: If the text is no JSON object of strings, numbers and booleans.
+    """
+    try:
+        return _decode_context(text)
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"context {text[:80]!r} is no JSON object of single values: {error}") from None
+
+
+def encode_examples(columns: Mapping[str, Values]) -> bytes:
     """Return the value of one Kafka record: an Arrow IPC stream with one record batch.
 
     Args:
         columns: For each name in `EXAMPLE_SCHEMA` a sequence of N values; `context` as JSON text, `delay_ms` None
-            without a click, maps as lists of pairs or mappings.
+            without a click, maps as mappings.
 
     Raises:
         ValueError: If a column is missing or holds a value of another type.
     """
-    try:
-        arrays = [
-            pa.array([list(v.items()) for v in columns[f.name]] if pa.types.is_map(f.type) else columns[f.name], f.type)
-            for f in EXAMPLE_SCHEMA
-        ]
-    except KeyError as missing:
-        raise ValueError(f"examples lack the column {missing}; expected {EXAMPLE_SCHEMA.names}") from None
-    except (pa.ArrowInvalid, pa.ArrowTypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"a column of examples does not fit the schema: {error}") from error
-    return example_record(pa.RecordBatch.from_arrays(arrays, schema=EXAMPLE_SCHEMA))
+    return example_record(ExampleBatch.from_columns(columns).columns)
 
 
 def example_record(batch: pa.RecordBatch) -> bytes:
@@ -204,37 +312,10 @@ def decode_table(value: bytes) -> pa.Table:
 
 
 def decode_examples(value: bytes) -> ExampleBatch:
-    """Read the value of one record of the topic `examples`.
-
-    Columns that this version does not know are ignored.
+    """Read the value of one record of the topic `examples`; texts and maps are not looked into.
 
     Raises:
-        ValueError: If the bytes are no Arrow stream, a column is missing or of another type, or the schema is of
-            another major version.
+        ValueError: As `decode_table`.
     """
-    columns = decode_table(value).to_pydict()
-    try:
-        contexts = [msgspec.json.decode(text, type=dict[str, ContextValue]) for text in columns["context"]]
-    except msgspec.DecodeError as error:
-        raise ValueError(f"not a record of examples: {error}") from error
-    return ExampleBatch(
-        decision_id=columns["decision_id"],
-        occurred_at_ms=np.array(columns["occurred_at_ms"], np.int64),
-        product_id=columns["product_id"],
-        context=contexts,
-        candidates=[dict(pairs) for pairs in columns["candidates"]],
-        creative=[dict(pairs) for pairs in columns["creative"]],
-        slot_propensities=[dict(pairs) for pairs in columns["slot_propensities"]],
-        propensity=np.array(columns["propensity"], np.float64),
-        model_id=columns["model_id"],
-        epoch=np.array(columns["epoch"], np.int64),
-        policy_version=np.array(columns["policy_version"], np.int64),
-        source=columns["source"],
-        holdout=np.array(columns["holdout"], np.bool_),
-        seed=np.array(columns["seed"], np.int64),
-        survival_probability=np.array(columns["survival_probability"], np.float64),
-        label=np.array(columns["label"], np.int8),
-        reward=np.array(columns["reward"], np.float64),
-        label_kind=columns["label_kind"],
-        delay_ms=np.array([NO_DELAY if d is None else d for d in columns["delay_ms"]], np.int64),
-    )
+    columns = [column.combine_chunks() for column in decode_table(value).columns]
+    return ExampleBatch(pa.RecordBatch.from_arrays(columns, schema=EXAMPLE_SCHEMA))

@@ -185,6 +185,10 @@ class LearnSettings(KafkaSettings, RedisSettings, SigningSettings, WindowSetting
     """Seed of everything random in the learner."""
     device: str = "cpu"
     """Torch device: cpu, cuda, cuda:1."""
+    text_encoder: Literal["hash", "ngrams", "minilm"] = "hash"
+    """What makes numbers of elements' texts: their words and word parts hashed straight into the numbers that features
+    leave free, the same hashed wide and reduced by what differs in the catalog, or sentence embeddings so reduced
+    (needs the extra `text`, in the servers too)."""
     lease_ms: Annotated[int, Field(ge=1_000, le=600_000)] = 15_000
     """How long the right to learn and publish outlives a learner that died; longer than an update may take."""
 

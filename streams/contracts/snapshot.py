@@ -16,6 +16,7 @@ pairs and moves none.
     element_content (E, F)   content of every known element
     trait (E, F)             what clicks add to it; trait_root (E, F, F): lower Cholesky factor of the covariance
     pair (R,)                effects of pairs of elements; pairs (8 R,): uint8, their indices, see `pack_pairs`
+    encoder.*                what reduces rich content, see `streams.contracts.encoders`
     generator.*              weights of the pointer, see `serving.pointer`
     vocabulary (B,)          uint8: JSON of the `FeatureSpec`; here, so that the header stays small
     settings (B,)            uint8: JSON of how the policy is played (epsilon, Thompson scale, starts, sweeps)
@@ -175,6 +176,9 @@ SNAPSHOT_TENSORS: dict[str, TensorSpec] = {
     "trait_root": TensorSpec("F32", ("E", "F", "F")),
     "pair": TensorSpec("F32", ("R",)),
     "pairs": TensorSpec("U8", ("pairs_bytes",)),
+    "encoder.kinds": TensorSpec("U8", ("kinds_bytes",)),
+    "encoder.mean": TensorSpec("F32", ("encoder_mean",)),
+    "encoder.matrix": TensorSpec("F32", ("encoder_matrix",)),
     "generator.content": TensorSpec("F32", ("F", "d")),
     "generator.element": TensorSpec("F32", ("E", "d")),
     "generator.slot": TensorSpec("F32", ("S", "d")),

@@ -1,13 +1,17 @@
 """The regret benchmark: what it measures, what a policy is told and when, and that results are kept."""
 
 import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.regret.cache import ResultCache, run_key, source_version
+from benchmarks.regret.cache import ROOT, ResultCache, run_key, source_version
 from benchmarks.regret.command import _seeds
 from benchmarks.regret.labels import LabelQueue
 from benchmarks.regret.policies import REGISTRY
@@ -22,7 +26,7 @@ from benchmarks.regret.policies.base import (
     RequestBatch,
 )
 from benchmarks.regret.policies.uniform import Uniform
-from benchmarks.regret.pool import Results
+from benchmarks.regret.pool import _ONE_THREAD, Results, _Job, _run_missing
 from benchmarks.regret.report import summarize, tables
 from benchmarks.regret.run import Outcome, Run, play_policy
 from benchmarks.regret.traffic import Reference, Traffic
@@ -42,6 +46,14 @@ DELAYED = BenchWorld(
     attribution_window_s=100.0,
 )
 RENEWED = BenchWorld(config=replace(SMALL.config, new_elements_every_s=2 * BATCH / RATE))
+
+
+@pytest.fixture(autouse=True)
+def restored_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The command sets these for the processes that it starts."""
+    for name in _ONE_THREAD:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "numba"))
 
 
 class Recorder(BenchPolicy):
@@ -205,19 +217,44 @@ def test_every_world_has_room_to_learn(name: str) -> None:
 # -- results that are kept ---------------------------------------------------------------------------------------------
 
 
-def test_the_version_of_sources_is_that_of_what_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = tmp_path / "policy.py"
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the sources of the project are looked for."""
     monkeypatch.setattr("benchmarks.regret.cache.ROOT", tmp_path)
+    source_version.cache_clear()
+    yield tmp_path
+    source_version.cache_clear()
 
-    def version(text: str) -> str:
-        module.write_text(text, "utf-8")
-        return source_version(["policy"])
 
-    plain = version("def f():\n    return 1\n")
-    assert version('"""Module."""\n\n\ndef f():\n    """Say it."""\n    return 1  # why\n') == plain
-    assert version("def f():\n    return 2\n") != plain
+def test_the_version_of_sources_is_that_of_what_is_executed(sources: Path) -> None:
+    (sources / "part").mkdir()
+
+    def version(policy: str = "from part import helper\n", helper: str = "def f():\n    return 1\n") -> str:
+        (sources / "policy.py").write_text(policy, "utf-8")
+        (sources / "part" / "helper.py").write_text(helper, "utf-8")
+        source_version.cache_clear()
+        return source_version("policy")
+
+    plain = version()
+    assert version(helper='"""Module."""\n\n\ndef f():\n    """Say it."""\n    return 1  # why\n') == plain
+    assert version(helper="def f():\n    return 2\n") != plain
+    assert version(policy="from part.helper import f\n") != plain
+    assert version() == plain
     with pytest.raises(ValueError, match="no_such is no module below"):
-        source_version(["no_such"])
+        source_version("no_such")
+
+
+def test_results_of_ours_depend_on_the_learner_and_those_of_peers_do_not(sources: Path) -> None:
+    for package in ("benchmarks", "genco", "learner", "serving", "streams"):
+        shutil.copytree(ROOT / package, sources / package, ignore=shutil.ignore_patterns("__pycache__"))
+    ours = Run(world="drift", policy="genco", seed=1, repeat=0, impressions=1000)
+    peer = replace(ours, policy="mvt")
+    before = run_key(ours), run_key(peer)
+    with (sources / "learner" / "reward_model.py").open("a", encoding="utf-8") as source:
+        source.write("\nEXTRA = 1\n")
+    source_version.cache_clear()
+    assert run_key(ours) != before[0]
+    assert run_key(peer) == before[1]
 
 
 def test_a_result_is_kept_for_exactly_one_run() -> None:
@@ -244,6 +281,16 @@ def test_a_damaged_result_counts_as_none(tmp_path: Path) -> None:
 def test_every_policy_can_be_told_apart_in_the_cache() -> None:
     keys = {run_key(Run(world="big", policy=name, seed=0, repeat=0, impressions=1000)) for name in REGISTRY}
     assert len(keys) == len(REGISTRY)
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_run_is_told_of(tmp_path: Path) -> None:
+    jobs = [_Job("a", "drift 0: mvt", killed, ())]
+    with pytest.raises(RuntimeError, match=r"drift 0: mvt: its process was killed.*exit code -9"):
+        _run_missing(jobs, ResultCache(tmp_path), {}, 1, lambda _: None)
 
 
 # -- the report --------------------------------------------------------------------------------------------------------
@@ -305,10 +352,10 @@ def test_the_command_writes_its_json_and_plays_nothing_twice(
     assert policies["uniform"]["overall"]["mean"] == pytest.approx(1.0, abs=0.2)
     assert policies["beta-ts"].keys() == {"overall", "last_20pct", "runs", "decide_us", "update_ms", "memory_mb"}
 
-    def no_pool(*_: object, **__: object) -> None:
+    def no_process(_: object) -> None:
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr("benchmarks.regret.pool.ProcessPoolExecutor", no_pool)
+    monkeypatch.setattr("benchmarks.regret.pool._start", no_process)
     assert main([*arguments, "--json", str(tmp_path / "again")]) == 0
     assert "3 of 3 results are in" in capsys.readouterr().err.replace("\n", " ")
     assert json.loads((tmp_path / "again").read_text("utf-8")) == first

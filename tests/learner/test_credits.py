@@ -21,7 +21,9 @@ from serving.credits import deviation, half_width
 from serving.explain import Question, explain
 from serving.explanation import Explanation, SlotCredits
 from serving.policy import DecisionRequest, Policy, PolicySettings
-from streams.contracts.features import FeatureLimits, FeatureSpec, GrowingFeatureSpec
+from streams.contracts.encoders import ContentEncoder
+from streams.contracts.features import FeatureSpec
+from streams.contracts.growing import FeatureLimits, GrowingFeatureSpec
 from streams.contracts.snapshot import pack_pairs
 
 SLOTS, ELEMENTS, PRODUCTS, CONTENT, DRAWS = 3, 8, 4, 4, 32
@@ -112,6 +114,7 @@ def learned(world: World, seed: int) -> Policy:
     tensors |= {n: getattr(effects, n) for n in ("product", "element", "element_sd", "trait", "trait_root", "pair")}
     tensors["element_content"] = world.z.reshape(-1, CONTENT).astype(np.float32)
     tensors["pairs"] = pack_pairs(effects.pairs)
+    tensors |= {f"encoder.{n}": w for n, w in ContentEncoder(CONTENT).tensors().items()}
     settings = PolicySettings(epsilon=1.0, thompson_scale=model.settings.thompson_scale, noise_seed=seed)
     return Policy(spec_of(), tensors, settings, "sha")
 

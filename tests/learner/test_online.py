@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from learner import online
 from learner.online import LearnerSettings, OnlineLearner
 from serving.policy import Choice, DecisionRequest, Policy, UniformPolicy
 from streams.contracts.catalog import Element, Product
+from streams.contracts.codec import encode_context
 from streams.contracts.examples import ExampleBatch
-from streams.contracts.features import FeatureLimits
+from streams.contracts.growing import FeatureLimits
 from streams.contracts.settings import LearnSettings
 from streams.contracts.snapshot import PolicySnapshot, unpack_tensors, verify
+from tests.builders import changed
 
 KEY = b"k" * 32
 SMALL = LearnerSettings(num_draws=16, features=FeatureLimits(content_size=4))
@@ -65,26 +68,28 @@ class World:
 
 def batch_of(requests: list[DecisionRequest], choices: list[Choice], label: Any, number: int) -> ExampleBatch:
     n = len(requests)
-    return ExampleBatch(
-        decision_id=[f"{number}.{i}" for i in range(n)],
-        occurred_at_ms=1_000 * number + np.arange(n),
-        product_id=[r.product_id for r in requests],
-        context=[dict(r.context) for r in requests],
-        candidates=[{s: list(ids) for s, ids in r.candidates.items()} for r in requests],
-        creative=[c.creative for c in choices],
-        slot_propensities=[c.slot_propensities for c in choices],
-        propensity=np.array([c.propensity for c in choices]),
-        model_id=["m"] * n,
-        epoch=np.zeros(n, np.int64),
-        policy_version=np.zeros(n, np.int64),
-        source=["policy"] * n,
-        holdout=np.array([c.holdout for c in choices]),
-        seed=np.zeros(n, np.int64),
-        survival_probability=np.ones(n),
-        label=np.asarray(label, np.int8),
-        reward=np.asarray(label, np.float64),
-        label_kind=["final"] * n,
-        delay_ms=np.full(n, -1),
+    return ExampleBatch.from_columns(
+        {
+            "decision_id": [f"{number}.{i}" for i in range(n)],
+            "occurred_at_ms": 1_000 * number + np.arange(n),
+            "product_id": [r.product_id for r in requests],
+            "context": [encode_context(dict(r.context)) for r in requests],
+            "candidates": [r.candidates for r in requests],
+            "creative": [c.creative for c in choices],
+            "slot_propensities": [c.slot_propensities for c in choices],
+            "propensity": [c.propensity for c in choices],
+            "model_id": ["m"] * n,
+            "epoch": [0] * n,
+            "policy_version": [0] * n,
+            "source": ["policy"] * n,
+            "holdout": [c.holdout for c in choices],
+            "seed": [0] * n,
+            "survival_probability": [1.0] * n,
+            "label": np.asarray(label, np.int8),
+            "reward": np.asarray(label, np.float64),
+            "label_kind": ["final"] * n,
+            "delay_ms": [None] * n,
+        }
     )
 
 
@@ -201,9 +206,8 @@ def test_snapshot_before_any_example_can_be_played() -> None:
 
 def test_bad_rows_are_skipped_with_a_reason_and_the_rest_is_learned() -> None:
     (batch,) = batches(1, 100)
-    batch.propensity[3] = np.nan
-    batch.creative[4] = {"a": "nowhere", "b": "b0", "c": "c0"}
-    batch.label[5] = 7
+    nowhere = {"a": "nowhere", "b": "b0", "c": "c0"}
+    batch = changed(batch, propensity={3: np.nan}, creative={4: nowhere}, label={5: 7})
     report = learner_of().update(batch)
     assert report.skipped == {"bad_propensity": 1, "bad_creative": 1, "bad_label": 1}
     assert report.num_learned == 97
@@ -222,30 +226,65 @@ def test_empty_batch_and_batch_of_duplicates_change_nothing() -> None:
 def test_late_clicks_are_learned_and_move_the_late_share() -> None:
     learner = learner_of()
     (batch,) = batches(1, 400)
-    clicked = batch.label.copy()
-    batch.label[:] = 0
-    batch.label_kind[:] = ["provisional"] * 400
-    learner.update(batch)
+    clicked = np.flatnonzero(batch.label)
+    learner.update(changed(batch, label=[0] * 400, label_kind=["provisional"] * 400))
     before = learner.late_share
-    late = batch.take(np.flatnonzero(clicked))
-    late.label[:] = 1
-    late.label_kind[:] = ["late_positive"] * len(late)
+    late = changed(batch.take(clicked), label_kind=["late_positive"] * len(clicked))
     report = learner.update(late)
-    assert report.num_learned == clicked.sum() > 0
+    assert report.num_learned == len(clicked) > 0
     assert learner.late_share > before
     # Each impression counts once, its late click with it.
-    assert report.metrics["ctr"] == pytest.approx(clicked.sum() / 400)
+    assert report.metrics["ctr"] == pytest.approx(len(clicked) / 400)
+
+
+def test_late_click_replaces_the_loss_of_the_negative_that_it_was() -> None:
+    learner = learner_of()
+    (batch,) = batches(1, 50)
+    learner.update(changed(batch, label=[0] * 50, label_kind=["provisional"] * 50))
+    before = learner.newest_validation
+    assert (before.num_examples, before.num_clicks) == (50, 0)
+    learner.update(changed(batch.take([7]), label=[1], label_kind=["late_positive"]))
+    correction = learner.newest_validation
+    assert (correction.num_examples, correction.num_clicks, correction.expected_clicks) == (0, 1, 0)
+    # -log p + log(1 - p), at the probability of now: positive as long as a click is less likely than none.
+    odds = np.exp(-correction.log_loss)
+    assert 0 < odds / (1 + odds) < 0.2
+    assert learner.metrics()["log_loss"] == pytest.approx((before.log_loss + correction.log_loss) / 50)
+
+
+@pytest.mark.parametrize("size", [50, 299, 1_000])
+def test_generator_makes_a_step_for_so_many_examples_whatever_the_updates_are(
+    monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    steps = []
+    real = online.train_step
+
+    def counted(*arguments: Any) -> Any:
+        steps.append(learner.num_updates)
+        return real(*arguments)
+
+    monkeypatch.setattr(online, "train_step", counted)
+    learner = learner_of()
+    for batch in batches(-(-1_000 // size), size):
+        learner.update(batch)
+    learned = learner.reward_model.num_examples
+    assert len(steps) == learned // SMALL.generator.examples_per_step
+    restored = learner_of()
+    restored.restore(*learner.state())
+    assert restored._stepless == learned % SMALL.generator.examples_per_step
 
 
 def test_new_products_slots_and_elements_are_learned_without_a_catalog() -> None:
     learner = learner_of()
     (batch,) = batches(1, 60)
     learner.update(batch)
-    for row in range(30):
-        batch.product_id[row] = "brand-new"
-        batch.candidates[row] = {"a": ["a0", "fresh"], "banner": ["x", "y"]}
-        batch.creative[row] = {"a": "fresh", "banner": "x"}
-    batch.decision_id[:] = [f"again.{i}" for i in range(60)]
+    batch = changed(
+        batch,
+        product_id=["brand-new"] * 30,
+        candidates=[{"a": ["a0", "fresh"], "banner": ["x", "y"]}] * 30,
+        creative=[{"a": "fresh", "banner": "x"}] * 30,
+        decision_id=[f"again.{i}" for i in range(60)],
+    )
     assert learner.update(batch).num_learned == 60
     tensors = unpack_tensors(snapshot_of(learner).blob)
     assert tensors["draws.content"].shape[1] == 4
@@ -255,11 +294,10 @@ def test_new_products_slots_and_elements_are_learned_without_a_catalog() -> None
 def test_flood_of_names_is_counted_and_bounded() -> None:
     learner = OnlineLearner(LearnerSettings(num_draws=4, features=FeatureLimits(max_products=3, max_context_columns=5)))
     (batch,) = batches(1, 80)
-    batch.product_id[:] = [f"flood-{i}" for i in range(80)]
-    batch.context[:] = [{"who": f"user-{i}"} for i in range(80)]
-    report = learner.update(batch)
-    assert report.skipped["unknown_product"] > 0
-    assert report.skipped["unknown_context"] > 0
+    contexts = [encode_context({"who": f"user-{i}"}) for i in range(80)]
+    report = learner.update(changed(batch, product_id=[f"flood-{i}" for i in range(80)], context=contexts))
+    assert report.skipped["unknown_product_full"] > 0
+    assert report.skipped["unknown_context_full"] > 0
     assert len(learner.features.freeze().products) == 3
     assert learner.reward_model.layout.context == 5
 

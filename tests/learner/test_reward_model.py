@@ -10,6 +10,7 @@ from learner.core import CoreSettings
 from learner.design import Rows
 from learner.rest import RestSettings
 from learner.reward_model import RewardModel, RewardModelSettings, provisional_weight
+from streams.contracts.growing import Freed
 
 SLOTS, CONTENT, CONTEXT, PRODUCTS, ELEMENTS = 2, 2, 3, 4, 6
 SIZES = {"slots": SLOTS, "content": CONTENT, "context": CONTEXT, "products": PRODUCTS, "elements": ELEMENTS}
@@ -87,7 +88,11 @@ class Reference:
         rest = np.array([[self.rest(k, term) for k in range(K)] for term in terms])
         logits = X @ self.theta.T + rest
         first = sigmoid(logits)
-        for _ in range(2 if self.seen < self.warm else 1):
+        if self.seen == 0:
+            rate = (y.sum() + sigmoid(-3.3)) / (len(y) + 1)
+            logits = np.full_like(logits, np.log(rate / (1 - rate)))
+        for _ in range(12 if self.seen < self.warm else 1):
+            before = logits
             q = sigmoid(logits @ self.weight)
             w = np.maximum(q * (1 - q), 1e-4)
             H = [keep[k] * self.H[k] + X.T @ (X * w[:, None]) for k in range(K)]
@@ -97,6 +102,8 @@ class Reference:
                 A = H[k] + np.diag(self.precision[k])
                 self.theta[k] = np.linalg.solve(A, g[k] + self.precision[k] * self.m0)
             logits = X @ self.theta.T + rest
+            if np.abs(logits - before).mean() < 0.02:
+                break
         self.H, self.g = np.array(H), np.array(g)
         core = X @ self.theta.T
         for k in range(K):
@@ -202,25 +209,23 @@ def test_growing_changes_no_prediction() -> None:
     assert torch.isfinite(model.predict(wide)).all()
 
 
-def test_context_that_grows_while_there_is_room_for_more_names_loses_nothing() -> None:
-    """Tables are made longer than they need to be; a wider context once cut them to size, and failed."""
-    model = learned(5)
-    model.grow(**SIZES | {"products": PRODUCTS + 1, "elements": ELEMENTS + 1})  # room for half as many more
-    before = model.effects(2, torch.Generator(), content_size=CONTENT, num_products=PRODUCTS)
-    wider = {"context": CONTEXT + 1, "products": PRODUCTS + 1, "elements": ELEMENTS + 1}
-    model.grow(**SIZES | wider)
-    after = model.effects(2, torch.Generator(), content_size=CONTENT, num_products=PRODUCTS)
-    np.testing.assert_array_equal(after.product[:, :-1], before.product)
-    np.testing.assert_array_equal(after.element[:, :-1], before.element)
-    assert not after.element[:, -1].any()
+def test_names_and_columns_that_come_one_by_one_find_room() -> None:
+    model = learned(2)
+    for number in range(1, 12):
+        names = {"products": PRODUCTS + number, "elements": ELEMENTS + number}
+        for columns in (CONTEXT + number - 1, CONTEXT + number):
+            model.grow(**SIZES | names | {"context": columns})
+    effects = model.effects(2, torch.Generator(), content_size=CONTENT, num_products=PRODUCTS + 11)
+    assert effects.product.shape == (PRODUCTS + 11, 1 + CONTEXT + 11)
+    assert effects.element.shape == effects.element_sd.shape == (ELEMENTS + 11, 1 + CONTEXT + 11)
+    assert effects.trait.shape == (ELEMENTS + 11, CONTENT)
 
 
 def test_names_that_are_gone_leave_nothing_to_those_that_take_their_rows() -> None:
     model = learned(10, warm_examples=200)
     effects = model.effects(2, torch.Generator(), content_size=CONTENT, num_products=PRODUCTS)
     assert abs(effects.element[1]).max() > 0
-    model.reset_elements(np.array([1]))
-    model.reset_products(np.array([2]))
+    model.reset(Freed(elements=(1,), products=(2,)))
     after = model.effects(2, torch.Generator(), content_size=CONTENT, num_products=PRODUCTS)
     assert not after.element[1].any()
     assert not after.trait[1].any()
@@ -231,6 +236,28 @@ def test_names_that_are_gone_leave_nothing_to_those_that_take_their_rows() -> No
     kept = ~(effects.pairs == 1).any(1)
     np.testing.assert_array_equal(after.pairs, effects.pairs[kept])
     np.testing.assert_array_equal(after.pair, effects.pair[kept])
+
+
+def test_slots_and_context_columns_that_are_gone_begin_anew_and_change_no_other_prediction() -> None:
+    model = learned(10, warm_examples=200)
+    rows, _ = batch(np.random.default_rng(1), 30)
+    bare = Rows(rows.product, rows.context * torch.tensor([1.0, 0.0, 1.0]), rows.chosen, rows.content)
+    bare.chosen[:, 1] = -1
+    bare.content[:, 1] = 0.0
+    before = model.predict(bare)
+    model.reset(Freed(slots=(1,), context=(1,)))
+    torch.testing.assert_close(model.predict(bare), before, atol=1e-6, rtol=1e-5)
+    effects = model.effects(2, torch.Generator(), content_size=CONTENT, num_products=PRODUCTS)
+    for name in ("content", "content_context"):
+        assert effects.mean[name][0].abs().max() > 0
+        assert not effects.mean[name][1].any()
+    assert not effects.mean["content_pair"].any()
+    assert not effects.mean["content_context"][:, :, 1].any()
+    assert not effects.mean["context"][1]
+    assert not effects.product[:, 2].any()
+    model.learn(rows, torch.zeros(30), torch.ones(30))
+    # What the others know is kept through the next update, too.
+    assert float((torch.logit(model.predict(bare)) - torch.logit(before)).abs().max()) < 0.5
 
 
 def test_pairs_beyond_their_limit_push_out_those_that_were_not_seen_for_longest() -> None:
@@ -250,6 +277,19 @@ def test_pairs_beyond_their_limit_push_out_those_that_were_not_seen_for_longest(
     found = {tuple(pair): value for pair, value in zip(effects.pairs.tolist(), effects.pair, strict=True)}
     assert found.keys() == {(0, 3), (0, 4), (1, 3), (2, 5)}
     assert found[0, 3] > found[0, 4] > 0
+
+
+@pytest.mark.parametrize("rate", [0.001, 0.03, 0.2, 0.6])
+def test_predictions_are_calibrated_from_the_first_batches_at_any_click_rate(rate: float) -> None:
+    model = RewardModel()
+    model.grow(**SIZES)
+    rng = np.random.default_rng(3)
+    for _ in range(4):
+        rows, _ = batch(rng, 1_000)
+        model.learn(rows, torch.from_numpy((rng.random(1_000) < rate).astype(np.float64)), torch.ones(1_000))
+    rows, _ = batch(rng, 1_000)
+    deviation = (rate * (1 - rate) / 4_000) ** 0.5
+    assert float(model.predict(rows).mean()) == pytest.approx(rate, abs=4 * deviation)
 
 
 def test_weight_zero_teaches_nothing() -> None:

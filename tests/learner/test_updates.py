@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.updates import Backlog, PendingRecord, Update, concat
+from learner.updates import Backlog, PendingRecord, Update, concat, effective, in_order
 from streams.contracts.examples import EXAMPLE_SCHEMA, ExampleBatch, decode_examples, encode_examples
+from tests.builders import changed
 
 
 def batch(num: int, name: str = "d") -> ExampleBatch:
@@ -188,3 +189,46 @@ def test_what_is_no_update_is_refused(value: bytes) -> None:
 def test_update_of_another_schema_version_is_refused() -> None:
     with pytest.raises(ValueError, match="not a record"):
         Update.from_bytes(b'{"schema_version":2,"number":1,"until":{"0":1},"catalog_until":0}')
+
+
+def update(number: int, epoch: int) -> Update:
+    return Update(number=number, until={0: number}, catalog_until=0, epoch=epoch)
+
+
+def numbers(updates: list[Update]) -> list[tuple[int, int]]:
+    return [(found.number, found.epoch) for found in updates]
+
+
+def test_what_a_learner_recorded_after_its_successor_does_not_count() -> None:
+    recorded = [update(1, 1), update(2, 2), update(2, 1), update(3, 1), update(3, 2)]
+    assert numbers(effective(recorded)) == [(1, 1), (2, 2), (3, 2)]
+
+
+def test_what_a_successor_has_not_seen_is_replaced_by_its_own() -> None:
+    # It began after update 1; the paused learner woke up and recorded 2 and 3 before the successor's first.
+    recorded = [update(1, 1), update(2, 1), update(3, 1), update(2, 2), update(3, 2)]
+    assert numbers(effective(recorded)) == [(1, 1), (2, 2), (3, 2)]
+
+
+def test_epoch_before_the_first_one_read_is_known() -> None:
+    assert numbers(effective([update(5, 1), update(5, 2)], epoch=2)) == [(5, 2)]
+
+
+def test_update_of_an_earlier_release_has_no_epoch_and_no_count() -> None:
+    old = Update.from_bytes(b'{"schema_version": 1, "number": 3, "until": {"0": 7}, "catalog_until": 2}')
+    assert (old.epoch, old.num_examples) == (0, None)
+    assert effective([old]) == [old]
+
+
+def test_count_is_what_take_will_return() -> None:
+    waiting = backlog(record(0, 0, 3), record(0, 1, 2), record(1, 0, 5))
+    until = {0: 1, 1: 1, 2: 4}
+    assert waiting.count(until) == 8 == sum(len(item.examples) for item in waiting.take(until))
+    assert waiting.count({0: 2}) == 2
+
+
+def test_examples_stand_in_the_order_of_decision_id_a_negative_first() -> None:
+    found = ExampleBatch.concat([batch(2, "b"), batch(3, "a"), batch(2, "b")])
+    ordered = in_order(changed(found, label={0: 1, 1: 1, 5: 0, 6: 0}))
+    assert list(ordered.decision_id) == ["a-0", "a-1", "a-2", "b-0", "b-0", "b-1", "b-1"]
+    assert ordered.label.tolist()[3:] == [0, 1, 0, 1]

@@ -4,21 +4,22 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from genco.services import MockBroker, RedisServer
+from learner.feed import InboxRecord
+from learner.lease import LeaseHeldError
 from learner.online import LearnerSettings, OnlineLearner
-from learner.updates import Update
-from learner.worker import InboxRecord, LeaseHeldError, Worker, recorded_updates
+from learner.update_log import recorded_updates
+from learner.updates import Update, in_order
+from learner.worker import Connections, Worker
 from streams.clients import redis_client
-from streams.contracts.examples import ExampleBatch, decode_examples, encode_examples
+from streams.contracts.examples import ExampleBatch, decode_examples
 from streams.contracts.registry import candidate_key, current_key
 from streams.contracts.settings import LearnSettings
 from streams.contracts.snapshot import SnapshotManifest
 from streams.contracts.topics import partition_counts
-
-PARTITIONS = 2
+from tests.learner.scene import PARTITIONS, record
 
 
 @pytest.fixture
@@ -38,36 +39,6 @@ def settings(tmp_path: Path) -> Iterator[LearnSettings]:
         )
 
 
-def record(partition: int, offset: int, size: int = 50) -> bytes:
-    """Make the examples of a record, the same for the same place."""
-    rng = np.random.default_rng([partition, offset])
-    title = rng.integers(3, size=size)
-    clicked = rng.random(size) < np.array([0.05, 0.1, 0.3])[title]
-    return encode_examples(
-        {
-            "decision_id": [f"{partition}.{offset}.{i}" for i in range(size)],
-            "occurred_at_ms": [1_764_000_000_000 + 1_000 * offset + i for i in range(size)],
-            "product_id": ["p1"] * size,
-            "context": ['{"device":"ios"}'] * size,
-            "candidates": [{"title": ["t0", "t1", "t2"]}] * size,
-            "creative": [{"title": f"t{t}"} for t in title],
-            "slot_propensities": [{"title": 1 / 3}] * size,
-            "propensity": [1 / 3] * size,
-            "model_id": ["default"] * size,
-            "epoch": [0] * size,
-            "policy_version": [0] * size,
-            "source": ["uniform"] * size,
-            "holdout": [True] * size,
-            "seed": [0] * size,
-            "survival_probability": [1.0] * size,
-            "label": clicked.astype(int).tolist(),
-            "reward": clicked.astype(float).tolist(),
-            "label_kind": ["final"] * size,
-            "delay_ms": [1_000 if c else None for c in clicked],
-        }
-    )
-
-
 def feed(worker: Worker, first: int, last: int, acknowledged: list[tuple[int, int]] | None = None) -> None:
     for offset in range(first, last):
         for partition in range(PARTITIONS):
@@ -76,7 +47,7 @@ def feed(worker: Worker, first: int, last: int, acknowledged: list[tuple[int, in
                 if acknowledged is not None:
                     acknowledged.append(place)
 
-            worker.inbox.put(InboxRecord(partition, offset, record(partition, offset), acknowledge))
+            worker.feed.put(InboxRecord(partition, offset, record(partition, offset), acknowledge))
 
 
 def wait_until(happened: Callable[[], bool], worker: Worker, timeout_s: float = 30.0) -> None:
@@ -88,7 +59,9 @@ def wait_until(happened: Callable[[], bool], worker: Worker, timeout_s: float = 
 
 
 def started(settings: LearnSettings) -> Worker:
-    worker = Worker(settings, OnlineLearner(LearnerSettings.from_settings(settings)))
+    worker = Worker(
+        settings, lambda: OnlineLearner(LearnerSettings.from_settings(settings)), Connections.open(settings)
+    )
     worker.start()
     return worker
 
@@ -120,7 +93,7 @@ def replayed(settings: LearnSettings, updates: list[Update]) -> dict[int, str]:
     parent = None
     for update in updates:
         places = [(p, o) for p, until in sorted(update.until.items()) for o in range(done[p], until)]
-        learner.update(ExampleBatch.concat([decode_examples(record(*place)) for place in places]))
+        learner.update(in_order(ExampleBatch.concat([decode_examples(record(*place)) for place in places])))
         done |= update.until
         snapshot = learner.snapshot(
             model_id=settings.model_id,
@@ -141,10 +114,10 @@ def test_worker_publishes_what_it_learned_and_checkpoints_at_the_end(settings: L
     acknowledged: list[tuple[int, int]] = []
     feed(worker, 0, 6, acknowledged)
     wait_until(lambda: learned_through(settings, 6), worker)
-    assert not worker.acknowledgements, "nothing may be committed before a checkpoint holds it"
+    assert not worker.feed.acknowledgements, "nothing may be committed before a checkpoint holds it"
     worker.stop()
     assert worker.failure is None
-    for acknowledge in worker.acknowledgements:
+    for acknowledge in worker.feed.acknowledgements:
         acknowledge()
     assert sorted(acknowledged) == [(p, o) for p in range(PARTITIONS) for o in range(6)]
     client = redis_client(settings, timeout_s=2, retries=0)
@@ -184,8 +157,8 @@ def test_worker_asks_for_records_that_its_checkpoint_needs(settings: LearnSettin
     first.stop()
     second = started(settings)
     feed(second, 5, 6)
-    wait_until(lambda: bool(second.seeks), second)
-    assert {(s.partition, s.offset) for s in second.seeks} <= {(p, 3) for p in range(PARTITIONS)}
+    wait_until(lambda: bool(second.feed.seeks), second)
+    assert {(s.partition, s.offset) for s in second.feed.seeks} <= {(p, 3) for p in range(PARTITIONS)}
     crash(second)
 
 
@@ -193,7 +166,7 @@ def test_worker_leaves_out_a_record_that_is_no_arrow_and_goes_on(settings: Learn
     worker = started(settings)
     feed(worker, 0, 1)
     for partition in range(PARTITIONS):
-        worker.inbox.put(InboxRecord(partition, 1, b"not arrow", lambda: None))
+        worker.feed.put(InboxRecord(partition, 1, b"not arrow", lambda: None))
     feed(worker, 2, 4)
     wait_until(lambda: learned_through(settings, 4), worker)
     worker.stop()

@@ -10,7 +10,8 @@ import pytest
 
 from serving.policy import DecisionRequest, Policy, PolicySettings, UniformPolicy
 from streams.contracts.catalog import Element
-from streams.contracts.features import GrowingFeatureSpec
+from streams.contracts.encoders import ContentEncoder
+from streams.contracts.growing import GrowingFeatureSpec
 from streams.contracts.snapshot import (
     GateVerdict,
     SnapshotError,
@@ -74,7 +75,9 @@ def tensors_of(seed: int = 0, scale: float = 0.6) -> dict[str, np.ndarray[Any, A
     out["element_sd"] = scale * rng.random((num_elements, 1 + columns))
     together = np.array([(0, 3), (4, 1), (2, 6)])
     out["pair"] = scale * rng.standard_normal(len(together))
-    return {name: np.asarray(array, np.float32) for name, array in out.items()} | {"pairs": pack_pairs(together)}
+    encoder = {f"encoder.{name}": array for name, array in ContentEncoder(size).tensors().items()}
+    floats = {name: np.asarray(array, np.float32) for name, array in out.items()}
+    return floats | encoder | {"pairs": pack_pairs(together)}
 
 
 def policy_of(epsilon: float = 0.1, **changes: Any) -> Policy:

@@ -422,7 +422,9 @@ def real_blob() -> tuple[bytes, FeatureSpec]:
         content_size=2,
         encoder="hash-1:2",
     )
-    sizes: dict[Any, int] = {1: 1} | dict(zip("MSQFGCDPERdh", (4, 2, 1, 2, 2, 1, 2, 1, 3, 0, 2, 3), strict=True))
+    sizes: dict[Any, int] = {1: 1, "encoder_mean": 0, "encoder_matrix": 0} | dict(
+        zip("MSQFGCDPERdh", (4, 2, 1, 2, 2, 1, 2, 1, 3, 0, 2, 3), strict=True)
+    )
     rng = np.random.default_rng(0)
     tensors: dict[str, Any] = {
         name: rng.normal(size=[sizes[dim] for dim in tensor.dims]).astype(np.float32)
@@ -430,6 +432,7 @@ def real_blob() -> tuple[bytes, FeatureSpec]:
         if tensor.dtype == "F32"
     }
     tensors["pairs"] = np.empty(0, np.uint8)
+    tensors["encoder.kinds"] = np.frombuffer(b"[]", np.uint8)
     tensors["element_content"][1] = 0.0
     tensors["vocabulary"] = np.frombuffer(spec.to_json(), np.uint8)
     tensors["settings"] = np.frombuffer(b'{"epsilon": 0.05}', np.uint8)

@@ -20,7 +20,7 @@ from streams.contracts.codec import (
     encode_event,
 )
 from streams.contracts.events import Impression
-from streams.contracts.examples import LabelKind, decode_examples
+from streams.contracts.examples import EXAMPLE_SCHEMA, LabelKind, decode_examples
 from streams.contracts.settings import JoinSettings
 from streams.impressions import Candidates, CandidatesCache, CandidatesShelf, ImpressionBatch, ImpressionDecoder
 from tests.builders import examples_value, shown
@@ -65,7 +65,7 @@ def as_values(value: bytes) -> list[dict[str, Any]]:
     batch = decode_examples(value)
     columns = {
         name: column if isinstance(column := getattr(batch, name), list) else column.tolist()
-        for name in batch.__dataclass_fields__
+        for name in EXAMPLE_SCHEMA.names
     }
     examples = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     for found in examples:

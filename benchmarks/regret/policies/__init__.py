@@ -18,14 +18,12 @@ OURS: Final = "genco"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a policy is found, and what decides how it plays."""
+    """Where a policy is found, and where it can play."""
 
     module: str
     """Below this package."""
     name: str
     """Of its class."""
-    sources: tuple[str, ...] = ()
-    """Modules and packages of ours that it is made of beside its own: results are kept until one of them changes."""
     needs: tuple[str, ...] = ()
     """Libraries that it imports, of the extra `bench`."""
     worlds: tuple[str, ...] | None = None
@@ -42,7 +40,7 @@ class Entry:
 
 
 REGISTRY: Final[dict[str, Entry]] = {
-    OURS: Entry("genco", "Genco", sources=("learner", "serving", "streams.contracts")),
+    OURS: Entry("genco", "Genco"),
     "uniform": Entry("uniform", "Uniform"),
     "beta-ts": Entry("beta_ts", "BetaTs"),
     "linear-ts": Entry("linear_ts", "LinearTs", needs=("numba",)),

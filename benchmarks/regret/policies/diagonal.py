@@ -62,10 +62,11 @@ class DiagonalLogistic:
         theta_MD = rng.standard_normal((num_draws, len(self.mean_D)), dtype=np.float32)
         theta_MD *= (scale * np.sqrt(self.variance_D)).astype(np.float32)
         theta_MD += self.mean_D.astype(np.float32)
+        ends = np.cumsum([columns.size for columns in self.columns.values()])
+        parts = np.split(theta_MD, ends[:-1], axis=1)
         return {
-            name: theta_MD[:, columns.flat[0] : columns.flat[-1] + 1].reshape(num_draws, *columns.shape)
-            for name, columns in self.columns.items()
-            if columns.size
+            name: part.reshape(num_draws, *columns.shape)
+            for (name, columns), part in zip(self.columns.items(), parts, strict=True)
         }
 
 

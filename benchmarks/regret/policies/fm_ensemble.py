@@ -32,7 +32,7 @@ EMBEDDING: Final = 8
 STEPS: Final = 12
 """Minibatches for every 1,000 labels."""
 MINIBATCH: Final = 512
-LEARNING_RATE: Final = 0.004
+LEARNING_RATE: Final = 0.002
 PRIOR_SD: Final = {
     "bias": 1.0,
     "product": 0.7,

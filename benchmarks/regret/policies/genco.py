@@ -24,6 +24,7 @@ from benchmarks.regret.policies.base import (
 from learner.online import LearnerSettings, OnlineLearner
 from serving.policy import DecisionRequest, Policy, UniformPolicy
 from streams.contracts.catalog import Element, Product
+from streams.contracts.codec import encode_context
 from streams.contracts.examples import NO_DELAY, ContextValue, ExampleBatch, LabelKind
 
 _KINDS = {FINAL: LabelKind.FINAL, PROVISIONAL: LabelKind.PROVISIONAL, LATE_POSITIVE: LabelKind.LATE_POSITIVE}
@@ -96,24 +97,26 @@ class Genco(BenchPolicy):
         creatives = [
             {slot: ids[e] for slot, ids, e in zip(slots, self._ids, row, strict=True)} for row in labels.chosen.tolist()
         ]
-        return ExampleBatch(
-            decision_id=[f"0.{number}" for number in labels.number.tolist()],
-            occurred_at_ms=labels.occurred_ms,
-            product_id=[f"p{product}" for product in requests.product.tolist()],
-            context=self._contexts(requests),
-            candidates=[self._card(candidates_SA) for candidates_SA in requests.candidates],
-            creative=creatives,
-            slot_propensities=[dict(zip(slots, row, strict=True)) for row in labels.propensity.tolist()],
-            propensity=labels.propensity.prod(axis=1),
-            model_id=["default"] * n,
-            epoch=np.zeros(n, np.int64),
-            policy_version=np.zeros(n, np.int64),
-            source=["policy"] * n,
-            holdout=np.zeros(n, np.bool_),
-            seed=np.zeros(n, np.int64),
-            survival_probability=1.0 / labels.weight,
-            label=labels.label.astype(np.int8),
-            reward=labels.label.astype(np.float64),
-            label_kind=[_KINDS[kind] for kind in labels.kind.tolist()],
-            delay_ms=np.where(labels.label > 0, labels.delay_ms, NO_DELAY),
+        return ExampleBatch.from_columns(
+            {
+                "decision_id": [f"0.{number}" for number in labels.number.tolist()],
+                "occurred_at_ms": labels.occurred_ms,
+                "product_id": [f"p{product}" for product in requests.product.tolist()],
+                "context": [encode_context(context) for context in self._contexts(requests)],
+                "candidates": [self._card(candidates_SA) for candidates_SA in requests.candidates],
+                "creative": creatives,
+                "slot_propensities": [dict(zip(slots, row, strict=True)) for row in labels.propensity.tolist()],
+                "propensity": labels.propensity.prod(axis=1),
+                "model_id": ["default"] * n,
+                "epoch": np.zeros(n, np.int64),
+                "policy_version": np.zeros(n, np.int64),
+                "source": ["policy"] * n,
+                "holdout": np.zeros(n, np.bool_),
+                "seed": np.zeros(n, np.int64),
+                "survival_probability": 1.0 / labels.weight,
+                "label": labels.label.astype(np.int8),
+                "reward": labels.label.astype(np.float64),
+                "label_kind": [_KINDS[kind] for kind in labels.kind.tolist()],
+                "delay_ms": np.where(labels.label > 0, labels.delay_ms, NO_DELAY),
+            }
         )
