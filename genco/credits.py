@@ -16,6 +16,7 @@ from streams.contracts.settings import KafkaSettings, RedisSettings, SigningSett
 
 if TYPE_CHECKING:
     from serving.explain import Question
+    from serving.explanation import CandidatesFrom
     from serving.policy import Policy
     from serving.snapshot_store import Fetched
     from streams.contracts.catalog import Catalog
@@ -71,8 +72,10 @@ def run(arguments: argparse.Namespace) -> int:
     draw = _drawer() if arguments.plot else None
     fetched = _fetch(arguments.snapshot, arguments.model_id)
     policy = Policy.from_snapshot(fetched.blob, fetched.manifest)
-    question = _question(arguments, policy)
-    found = CardCredits(snapshot=snapshot_name(fetched.manifest), explanation=explain(policy, question))
+    question, source = _question(arguments, policy)
+    found = CardCredits(
+        snapshot=snapshot_name(fetched.manifest), candidates_from=source, explanation=explain(policy, question)
+    )
     if arguments.json:
         print(msgspec.json.encode(found).decode())
     else:
@@ -117,55 +120,29 @@ def _fetch(path: Path | None, model_id: str | None) -> Fetched:
     return fetched
 
 
-def _question(arguments: argparse.Namespace, policy: Policy) -> Question:
-    from serving.credits_answer import content_of, unknown_product
+def _question(arguments: argparse.Namespace, policy: Policy) -> tuple[Question, CandidatesFrom]:
+    """Return the question, and where the card's candidates come from."""
+    from serving.credits_answer import card_of, content_of
     from serving.explain import Question, read_context
     from streams.contracts.catalog import Catalog
 
+    source: CandidatesFrom = "given"
     catalog = Catalog()
     candidates: Mapping[str, Sequence[str]]
     if arguments.candidates is not None:
         candidates = read_candidates(arguments.candidates)
     else:
-        settings = _kafka_settings()
-        if settings is None:
-            candidates = _all_elements(arguments.product, policy)
-        else:
-            catalog = read_catalog(settings)
-            if arguments.product not in catalog.products:
-                raise ValueError(unknown_product(arguments.product, catalog.products))
-            candidates = catalog.products[arguments.product].slots
-    return Question(
+        if os.environ.get("GENCO_KAFKA_BOOTSTRAP_SERVERS"):
+            catalog = read_catalog(load(KafkaSettings))
+        candidates, source = card_of(arguments.product, policy.spec, catalog)
+    question = Question(
         product_id=arguments.product,
         candidates=candidates,
         content=content_of(candidates, catalog),
         context=read_context(policy.spec, _fields(arguments.context)),
         slot=arguments.slot,
     )
-
-
-def _kafka_settings() -> KafkaSettings | None:
-    """Return where Kafka is, or None if nothing is said about it."""
-    return load(KafkaSettings) if os.environ.get("GENCO_KAFKA_BOOTSTRAP_SERVERS") else None
-
-
-def _all_elements(product: str, policy: Policy) -> dict[str, list[str]]:
-    """Return all elements of the snapshot as candidates: it does not know which of them belong to the product."""
-    from serving.credits_answer import unknown_product
-
-    spec = policy.spec
-    if product not in spec.product_index:
-        raise ValueError(unknown_product(product, spec.product_index).replace("catalog", "snapshot"))
-    candidates: dict[str, list[str]] = {}
-    slots = {index: name for name, index in spec.slot_index.items()}
-    for slot, element_id in spec.element_index:
-        candidates.setdefault(slots[slot], []).append(element_id)
-    print(
-        "GENCO_KAFKA_BOOTSTRAP_SERVERS is not set, so the catalog is not read: every element of the snapshot counts as "
-        "a candidate; --candidates FILE says which ones the card has",
-        file=sys.stderr,
-    )
-    return candidates
+    return question, source
 
 
 def read_candidates(path: Path) -> dict[str, list[str]]:

@@ -40,6 +40,13 @@ def show(found: CardCredits, console: Console | None = None) -> None:
     )
     if not explanation.product_known:
         console.print(_text("The snapshot does not know this product; what it knows of the elements counts."))
+    if found.candidates_from == "snapshot":
+        console.print(
+            _text(
+                "The catalog has no card of this product (or was not asked: GENCO_KAFKA_BOOTSTRAP_SERVERS), so every "
+                "element of the snapshot counts as a candidate; --candidates FILE says which ones the card has."
+            )
+        )
     given = ", ".join(f"{name}={value}" for name, value in explanation.context.items()) or "everyone"
     over = f" (averaged over {', '.join(explanation.averaged_over)})" if explanation.averaged_over else ""
     console.print(_text(f"for {given}{over}"))

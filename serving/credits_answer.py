@@ -11,12 +11,13 @@ from itertools import islice
 from typing import Any, Final
 
 from serving.explain import Question, QuestionError, explain, read_context
-from serving.explanation import CardCredits, SnapshotName
+from serving.explanation import CandidatesFrom, CardCredits, SnapshotName
 from serving.messages import Fault, InvalidBodyError
 from serving.policy import Policy
 from serving.policy_holder import Loaded
 from streams.contracts.catalog import Catalog, Element
 from streams.contracts.events import MAX_CONTEXT_FIELDS
+from streams.contracts.features import FeatureSpec
 from streams.contracts.snapshot import SnapshotManifest
 
 PARAMETERS: Final[tuple[dict[str, Any], ...]] = (
@@ -50,6 +51,10 @@ _MOST_COMPARED: Final = 5_000
 """Ids among which those like a misspelled one are looked for: 10 us each."""
 
 
+class ProductError(ValueError):
+    """Nobody knows the product."""
+
+
 def answer(loaded: Loaded, catalog: Catalog, product_id: str, query: Sequence[tuple[str, str]]) -> CardCredits:
     """Return the credits of a product's card under the policy that serves.
 
@@ -66,9 +71,10 @@ def answer(loaded: Loaded, catalog: Catalog, product_id: str, query: Sequence[tu
     policy, manifest = loaded.policy, loaded.manifest
     if not isinstance(policy, Policy) or manifest is None:
         raise _refused("policy", "the server plays uniformly, nothing was learned yet; try again later", 503)
-    if product_id not in catalog.products:
-        raise _refused("product_id", unknown_product(product_id, catalog.products), 404)
-    candidates = catalog.products[product_id].slots
+    try:
+        candidates, source = card_of(product_id, policy.spec, catalog)
+    except ProductError as error:
+        raise _refused("product_id", str(error), 404) from None
     try:
         question = Question(
             product_id=product_id,
@@ -77,9 +83,30 @@ def answer(loaded: Loaded, catalog: Catalog, product_id: str, query: Sequence[tu
             context=read_context(policy.spec, fields),
             slot=slot,
         )
-        return CardCredits(snapshot=snapshot_name(manifest), explanation=explain(policy, question))
+        found = explain(policy, question)
     except QuestionError as error:
         raise _refused(error.field, error.reason, 422) from None
+    return CardCredits(snapshot=snapshot_name(manifest), candidates_from=source, explanation=found)
+
+
+def card_of(product_id: str, spec: FeatureSpec, catalog: Catalog) -> tuple[Mapping[str, Sequence[str]], CandidatesFrom]:
+    """Return slot -> candidates of a product, and where they come from.
+
+    A product whose requests bring their own candidates is in the snapshot, but not in the catalog; which elements are
+    its own is known to nobody then.
+
+    Raises:
+        ProductError: If neither catalog nor snapshot have the product.
+    """
+    if product_id in catalog.products:
+        return catalog.products[product_id].slots, "catalog"
+    if product_id not in spec.product_index:
+        raise ProductError(unknown_product(product_id, dict.fromkeys([*catalog.products, *spec.product_index])))
+    candidates: dict[str, list[str]] = {}
+    slots = {index: name for name, index in spec.slot_index.items()}
+    for slot, element_id in spec.element_index:
+        candidates.setdefault(slots[slot], []).append(element_id)
+    return candidates, "snapshot"
 
 
 def snapshot_name(manifest: SnapshotManifest) -> SnapshotName:
@@ -101,13 +128,13 @@ def content_of(candidates: Mapping[str, Sequence[str]], catalog: Catalog) -> dic
 def unknown_product(product_id: str, known: Collection[str]) -> str:
     """Return what to say of a product that is not there: the ids most like it."""
     if not known:
-        return f"{product_id[:80]!r} is not in the catalog, which has no products"
+        return f"{product_id[:80]!r} is unknown: neither catalog nor snapshot have any product"
     # In a long catalog, those that begin alike are compared.
     start = product_id[:3] if len(known) > _MOST_COMPARED else ""
     compared = list(islice((name for name in known if name.startswith(start)), _MOST_COMPARED))
     near = difflib.get_close_matches(product_id, compared, n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}?" if near else f"it has {', '.join(islice(known, 3))}, ..."
-    return f"{product_id[:80]!r} is not in the catalog ({len(known)} products); {hint}"
+    hint = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(islice(known, 3))}, ..."
+    return f"{product_id[:80]!r} is unknown to catalog and snapshot ({len(known)} products); {hint}"
 
 
 def _read(query: Sequence[tuple[str, str]]) -> tuple[dict[str, str], str | None]:

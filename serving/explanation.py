@@ -97,6 +97,11 @@ class Explanation(Struct, frozen=True, kw_only=True):
     """Strongest first, at most 10."""
 
 
+CandidatesFrom = Literal["catalog", "snapshot", "given"]
+"""Where the card's candidates come from. `snapshot`: the catalog has no card of the product, so every element that the
+snapshot knows counts as a candidate, those of other products too."""
+
+
 class SnapshotName(Struct, frozen=True, kw_only=True):
     """Which snapshot was explained."""
 
@@ -111,4 +116,5 @@ class CardCredits(Struct, frozen=True, kw_only=True):
     """Answer of GET /v1/credits/{product_id}."""
 
     snapshot: SnapshotName
+    candidates_from: CandidatesFrom
     explanation: Explanation

@@ -25,7 +25,8 @@ from serving.policy import DecisionRequest
 from streams.contracts.catalog import Element
 from streams.contracts.codec import encode_context
 from streams.contracts.examples import NO_DELAY, ExampleBatch
-from streams.contracts.features import ContextValue, FeatureLimits
+from streams.contracts.features import ContextValue
+from streams.contracts.growing import FeatureLimits
 
 IntArray = NDArray[np.int64]
 
@@ -104,6 +105,7 @@ class Scene:
         chosen_NS = np.take_along_axis(self.candidates[product_N], places_NS[:, :, None], 2)[:, :, 0]
         label_N = rng.random(n) < self.world.click_probability(requests, chosen_NS, 0.0)
         slots, share = self.world.config.slots, 1.0 / self.num_candidates
+        contexts = zip(drawn.device, drawn.segment, drawn.hour, strict=True)
         ids = self._candidate_ids
         return ExampleBatch.from_columns(
             {

@@ -114,7 +114,7 @@ def learned(world: World, seed: int) -> Policy:
     tensors |= {n: getattr(effects, n) for n in ("product", "element", "element_sd", "trait", "trait_root", "pair")}
     tensors["element_content"] = world.z.reshape(-1, CONTENT).astype(np.float32)
     tensors["pairs"] = pack_pairs(effects.pairs)
-    tensors |= {f"encoder.{n}": array for n, array in ContentEncoder(CONTENT).tensors().items()}
+    tensors |= {f"encoder.{n}": w for n, w in ContentEncoder(CONTENT).tensors().items()}
     settings = PolicySettings(epsilon=1.0, thompson_scale=model.settings.thompson_scale, noise_seed=seed)
     return Policy(spec_of(), tensors, settings, "sha")
 
@@ -193,8 +193,8 @@ def test_intervals_hold_the_planted_effects_as_often_as_they_say(
     """Over 80 worlds 96 % on the whole and 94 % by device, so they are a little wide; these 12 give .94 and .92.
 
     The variances of an element's trait, of its own effect and of its effects with the context are added as if they were
-    independent, but it is the sum of these that clicks tell about. Without traits it was 94 and 91 % (40 worlds),
-    without effects with the context too 92 and 85 %, in a world that has them.
+    independent, but clicks tell about their sum. Learned without traits it was 94 and 91 % (40 worlds); with one memory
+    and without effects of elements with the context, which the worlds have, 92 and 85 %.
     """
     assert 0.86 <= compared(slots()).holds.mean() <= 0.98
 

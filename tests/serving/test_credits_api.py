@@ -49,6 +49,15 @@ def test_answer_is_the_explanation_of_the_catalogs_card(explaining: Any) -> None
         context={"device": "ios"},
     )
     assert found.explanation == explain(policy_of(), question)
+    assert found.candidates_from == "catalog"
+
+
+def test_product_without_a_card_in_the_catalog_gets_every_element_of_the_snapshot(explaining: Any) -> None:
+    found = msgspec.json.decode(explaining.get("/v1/credits/p0").content, type=CardCredits)
+    assert found.candidates_from == "snapshot"
+    assert {s.slot: {e.element_id for e in s.elements} for s in found.explanation.slots} == {
+        slot: set(ids) for slot, ids in SLOTS.items()
+    }
 
 
 def test_one_slot_can_be_asked_for(explaining: Any) -> None:
@@ -60,7 +69,7 @@ def test_one_slot_can_be_asked_for(explaining: Any) -> None:
 @pytest.mark.parametrize(
     ("path", "status", "field", "reason"),
     [
-        ("/v1/credits/p2", 404, "product_id", "did you mean p1?"),
+        ("/v1/credits/p2", 404, "product_id", "did you mean p1, p0?"),
         ("/v1/credits/p1?slot=nope", 422, "slot", "it has title, image, tag"),
         ("/v1/credits/p1?slot=title&slot=image", 422, "slot", "twice"),
         ("/v1/credits/p1?context.device=tv", 422, "context.device", "it knows ios, web"),
@@ -145,7 +154,7 @@ def test_openapi_names_parameters_answer_and_refusals(api: Any) -> None:
 def test_misspelled_products_get_the_ids_most_like_theirs() -> None:
     few = {"shoe-1": 1, "shoe-2": 1, "hat-1": 1}
     assert "did you mean shoe-1" in unknown_product("sho-1", few)
-    assert "it has shoe-1, shoe-2, hat-1" in unknown_product("zzzzz", few)
+    assert "there are shoe-1, shoe-2, hat-1" in unknown_product("zzzzz", few)
     many = [f"{kind}-{n}" for kind in ("hat", "shoe") for n in range(4_000)]
     assert "did you mean shoe-77" in unknown_product("shoe-77x", many)
-    assert "has no products" in unknown_product("p", [])
+    assert "neither catalog nor snapshot" in unknown_product("p", [])
