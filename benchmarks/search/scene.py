@@ -112,9 +112,7 @@ class Scene:
                 "decision_id": [f"{number}.{i}" for i in range(n)],
                 "occurred_at_ms": 1_000 * number + np.arange(n) // BATCH,
                 "product_id": [f"p{p}" for p in product_N],
-                "context": [
-                    encode_context(_context(*row)) for row in zip(drawn.device, drawn.segment, drawn.hour, strict=True)
-                ],
+                "context": [encode_context(_context(*row)) for row in contexts],
                 "candidates": [ids[p] for p in product_N],
                 "creative": [
                     {slot: ids[p][slot][place] for slot, place in zip(slots, places_S, strict=True)}
