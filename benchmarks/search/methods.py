@@ -155,7 +155,9 @@ METHODS: dict[str, dict[str, Search]] = {
         "16, 2 sweeps": lambda request: request.served(16, 2),
         "16, 4 sweeps": lambda request: request.served(16, 4),
         "32, 4 sweeps": lambda request: request.served(32, 4),
-        "32, 4 sweeps, temperature 1": lambda request: request.served(32, 4, temperature=1.0),
+    },
+    "relay from proposals at temperature 1": {
+        "32, 4 sweeps": lambda request: request.served(32, 4, temperature=1.0),
     },
 }
 """Family -> setting -> search."""
