@@ -153,6 +153,7 @@ def test_two_archivers_on_apache_kafka_killed_and_restarted_write_every_offset_o
 
 
 @pytest.mark.kafka
+@pytest.mark.long
 def test_paused_archiver_on_apache_kafka_is_fenced_and_writes_nothing_twice(
     tmp_path: Path, apache_kafka: KafkaKind
 ) -> None:
@@ -177,6 +178,7 @@ def test_paused_archiver_on_apache_kafka_is_fenced_and_writes_nothing_twice(
         assert_exactly_once(tmp_path, writer.sent)
 
 
+@pytest.mark.long
 def test_archiver_on_the_embedded_broker_killed_and_restarted_writes_every_offset_once(tmp_path: Path) -> None:
     with running("embedded") as (servers, partitions):
         writer = Writer(servers, partitions)

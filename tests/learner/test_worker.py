@@ -125,6 +125,7 @@ def test_worker_publishes_what_it_learned_and_checkpoints_at_the_end(settings: L
     client.close()
 
 
+@pytest.mark.long
 def test_worker_after_a_crash_repeats_the_recorded_updates_bit_for_bit(settings: LearnSettings) -> None:
     first = started(settings)
     feed(first, 0, 5)

@@ -64,6 +64,7 @@ def consume(broker, count):
 
 
 @pytest.mark.kafka
+@pytest.mark.long
 def test_records_survive_crash_and_restart_and_nothing_is_left_after_stop(real_kafka_home, temporary_root, is_alive):
     broker = KafkaBroker(TOPICS, home=real_kafka_home)
     broker.start()
