@@ -22,10 +22,17 @@ from benchmarks.regret.worlds import BATCH
 WINDOWS: Final = 20
 """Points of a curve; each is the regret of its part of the run."""
 COLUMNS: Final = 2
+LEGEND_COLUMNS: Final = 3
+"""Names beside each other below a panel."""
 
 
 def draw(results: Results, path: Path) -> None:
     """Write the picture; its kind follows from the name of the file."""
+    picture(results).savefig(path, dpi=130)
+
+
+def picture(results: Results) -> Figure:
+    """Return the picture: a panel for each world, bands of one standard error over seeds."""
     worlds = list(dict.fromkeys(run.world for run in results.outcomes))
     rows = math.ceil(len(worlds) / COLUMNS)
     columns = min(COLUMNS, len(worlds))
@@ -58,10 +65,10 @@ def draw(results: Results, path: Path) -> None:
         [handles[name] for name in ordered],
         ordered,
         loc="outside lower center",
-        ncols=min(7, len(ordered)),
+        ncols=min(LEGEND_COLUMNS * columns, len(ordered)),
         frameon=False,
     )
-    figure.savefig(path, dpi=130)
+    return figure
 
 
 def _color(name: str) -> tuple[float, ...]:

@@ -89,8 +89,10 @@ def tables(summary: dict[str, Any]) -> list[Table]:
     out = []
     for world, entry in summary["worlds"].items():
         rates = f"click rate uniform {entry['uniform_click_rate']:.2%}, best {entry['best_click_rate']:.2%}"
-        table = _table(f"{world}: {rates}", "policy", "regret", "last 20 %", "difference", "us", "ms", "MB", "runs")
-        table.caption = f"difference: {OURS} minus it, same seeds; us a decision, ms an update"
+        table = _table(f"{world}: {rates}", "policy", "regret", "last 20 %", "difference", "us", "ms", "MB")
+        runs = sorted({policy["runs"] for policy in entry["policies"].values()})
+        num_runs = "-".join(map(str, runs))
+        table.caption = f"{num_runs} runs; difference: {OURS} minus it; us a decision, ms an update"
         ranked = sorted(entry["policies"].items(), key=lambda item: item[1]["overall"]["mean"])
         for name, policy in ranked:
             paired = entry["paired"].get(name)
@@ -102,7 +104,6 @@ def tables(summary: dict[str, Any]) -> list[Table]:
                 f"{policy['decide_us']:.1f}",
                 f"{policy['update_ms']:.1f}",
                 f"{policy['memory_mb']:.0f}",
-                str(policy["runs"]),
             )
         out.append(table)
     return out

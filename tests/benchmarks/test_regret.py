@@ -337,6 +337,28 @@ def test_one_seed_has_no_standard_error_and_no_ours_no_difference() -> None:
     assert world["paired"] == {}
 
 
+@pytest.mark.parametrize("num_worlds", [1, 3])
+def test_the_picture_holds_all_names_and_a_curve_for_each(num_worlds: int) -> None:
+    plot = pytest.importorskip("benchmarks.regret.plot")
+    made = made_results({(name, seed, 0): 2.0 for name in REGISTRY for seed in (0, 1)})
+    worlds = list(WORLDS)[:num_worlds]
+    figure = plot.picture(
+        Results(
+            {(world, seed): reference for world in worlds for (_, seed), reference in made.references.items()},
+            {replace(run, world=world): outcome for world in worlds for run, outcome in made.outcomes.items()},
+        )
+    )
+    figure.draw_without_rendering()
+    shown = [panel for panel in figure.axes if panel.get_visible()]
+    assert [panel.get_title() for panel in shown] == worlds
+    assert all(len(panel.lines) == len(REGISTRY) for panel in shown)
+    (legend,) = figure.legends
+    assert {text.get_text() for text in legend.get_texts()} == set(REGISTRY)
+    box = legend.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 
 

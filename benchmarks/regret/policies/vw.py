@@ -29,7 +29,7 @@ from benchmarks.regret.policies.base import (
 )
 from benchmarks.regret.policies.content import ContentTable
 
-OPTIONS: Final = "--squarecb --gamma_scale 100 -q CA -q PA --sgd -l 0.003 --power_t 0 -b 20 --quiet"
+OPTIONS: Final = "--squarecb --gamma_scale 100 -q CA -q PA -b 20 --quiet"
 
 
 class VwCcb(BenchPolicy):
