@@ -65,7 +65,7 @@ class ProcessGroup:
 
         Args:
             device: That of this process, see `own_device`.
-            step_timeout: How long a sum waits for the slowest process.
+            step_timeout: How long a sum, and a message to be taken, waits for the slowest process.
 
         Raises:
             RuntimeError: If they do not come within the timeout.
@@ -73,6 +73,7 @@ class ProcessGroup:
         self.device = device
         is_cpu = torch.device(device).type == "cpu"
         torch.distributed.init_process_group("gloo" if is_cpu else "nccl", timeout=step_timeout)
+        self._step_timeout = step_timeout
         self._messages = torch.distributed.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
         self.rank = torch.distributed.get_rank()
         self.size = torch.distributed.get_world_size()
@@ -90,11 +91,11 @@ class ProcessGroup:
         """Send a message from rank 0 to all others.
 
         Raises:
-            RuntimeError: If one of them is gone.
+            RuntimeError: If one of them is gone, or does not take it within the timeout.
         """
-        self._broadcast(torch.tensor([kind, len(data)]))
+        self._broadcast(torch.tensor([kind, len(data)]), self._step_timeout)
         if data:
-            self._broadcast(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+            self._broadcast(torch.frombuffer(bytearray(data), dtype=torch.uint8), self._step_timeout)
 
     def receive(self) -> tuple[int, bytes]:
         """Wait for the next message of rank 0 and return its kind and its bytes.
@@ -102,11 +103,13 @@ class ProcessGroup:
         Raises:
             RuntimeError: If rank 0 is gone.
         """
-        kind, length = self._broadcast(torch.zeros(2, dtype=torch.int64)).tolist()
-        return kind, self._broadcast(torch.empty(length, dtype=torch.uint8)).numpy().tobytes() if length else b""
+        kind, length = self._broadcast(torch.zeros(2, dtype=torch.int64), IDLE_TIMEOUT).tolist()
+        if not length:
+            return kind, b""
+        return kind, self._broadcast(torch.empty(length, dtype=torch.uint8), IDLE_TIMEOUT).numpy().tobytes()
 
-    def _broadcast(self, tensor: Tensor) -> Tensor:
-        torch.distributed.broadcast(tensor, src=0, group=self._messages)
+    def _broadcast(self, tensor: Tensor, timeout: timedelta) -> Tensor:
+        torch.distributed.broadcast(tensor, src=0, group=self._messages, async_op=True).wait(timeout)
         return tensor
 
     def leave(self) -> None:

@@ -100,7 +100,7 @@ def learn(folder: Path) -> None:
 
 def go_on_for_ever(folder: Path) -> None:
     """Learn one batch after the other until another process is gone."""
-    group = ProcessGroup("cpu", timedelta(seconds=5))
+    group = ProcessGroup("cpu", timedelta(seconds=3))
     (folder / f"pid{group.rank}").write_text(str(os.getpid()))
     if group.rank:
         follow(group)
