@@ -19,7 +19,7 @@ from learner.feed import Feed, InboxRecord, Rebalanced, RecordsLost
 from learner.followers import dismiss, follow, learner_maker
 from learner.online import LearnerSettings
 from learner.worker import Connections, Worker
-from learner.workers import ProcessGroup, is_one_of_several, own_device
+from learner.workers import ProcessGroup, join_group, own_device
 from streams.app import create_app, run_worker
 from streams.clients import check_topics
 from streams.contracts.settings import ConfigurationError, LearnSettings
@@ -107,7 +107,7 @@ def run(settings: LearnSettings, *, at: Hook = go_on) -> None:
     """
     device = own_device(settings.device)
     _check_device(device)
-    group = ProcessGroup(device) if is_one_of_several() else None
+    group = join_group(device)
     if group is not None and group.rank > 0:
         _follow(group)
         return

@@ -15,6 +15,7 @@ from typing import Final, Protocol
 
 import torch.distributed
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from streams.contracts.settings import ConfigurationError
 
@@ -72,11 +73,16 @@ class ProcessGroup:
         """
         self.device = device
         is_cpu = torch.device(device).type == "cpu"
-        torch.distributed.init_process_group("gloo" if is_cpu else "nccl", timeout=step_timeout)
+        store, self.rank, self.size = next(rendezvous("env://", timeout=step_timeout))
+        torch.distributed.init_process_group(
+            "gloo" if is_cpu else "nccl",
+            store=torch.distributed.PrefixStore(_attempt(), store),  # type: ignore[attr-defined]
+            rank=self.rank,
+            world_size=self.size,
+            timeout=step_timeout,
+        )
         self._step_timeout = step_timeout
         self._messages = torch.distributed.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
-        self.rank = torch.distributed.get_rank()
-        self.size = torch.distributed.get_world_size()
 
     def add(self, tensor: Tensor) -> Tensor:
         """Return the sum over all processes.
@@ -117,7 +123,26 @@ class ProcessGroup:
         torch.distributed.destroy_process_group()
 
 
-def is_one_of_several() -> bool:
+def join_group(device: str) -> ProcessGroup | None:
+    """Meet the other processes that `torchrun` started; None if this is the only one.
+
+    Raises:
+        RuntimeError: If they do not come.
+    """
+    return ProcessGroup(device) if _is_one_of_several() else None
+
+
+def _attempt() -> str:
+    """Return where in torchrun's store the addresses of the processes stand.
+
+    The store outlives a restart, and with it the addresses of those that have died. Machines count restarts each for
+    itself; several of them need a store that does not outlive its processes (`TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`).
+    """
+    is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    return f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}" if is_one_machine else "attempt"
+
+
+def _is_one_of_several() -> bool:
     """Tell whether `torchrun` started this process among others."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
@@ -128,7 +153,7 @@ def own_device(device: str) -> str:
     Raises:
         ConfigurationError: If the setting names one GPU for all of them.
     """
-    if not is_one_of_several() or device == "cpu":
+    if not _is_one_of_several() or device == "cpu":
         return device
     if device != "cuda":
         raise ConfigurationError(
