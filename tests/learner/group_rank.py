@@ -24,13 +24,16 @@ from tests.learner.scene import record
 
 SLOTS = {slot: [f"{slot}{i}" for i in range(4)] for slot in ("title", "image")}
 SIZES = (90, 1, 257, 64, 3, 400, 1, 130)
-"""Of the batches; none is a multiple of what two processes would share evenly and later cards are few."""
+"""Of the batches: odd ones, which two processes share unevenly, and single examples, of which one has none."""
 
 
 def settings() -> LearnerSettings:
     before = LearnerSettings(num_draws=8, features=FeatureLimits(content_size=4))
     small = replace(before.generator, cards=8, group_size=4, winners=2, examples_per_step=50)
-    return replace(before, generator=small)
+    # Beyond the warm-up, so that traits, prior variances and the test of change have their turn.
+    change = replace(before.reward_model.change, warm_examples=300)
+    model = replace(before.reward_model, warm_examples=300, variance_every=200, change=change)
+    return replace(before, generator=small, reward_model=model)
 
 
 def catalog(seed: int, names: dict[str, list[str]]) -> tuple[dict[str, Element], dict[str, Product]]:
