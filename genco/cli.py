@@ -73,7 +73,9 @@ def _learn(arguments: argparse.Namespace) -> None:
 
         from genco.learn_once import run as run_once
 
-        _write_json(arguments.json, run_once(arguments, Console(stderr=True)))
+        report = run_once(arguments, Console(stderr=True))
+        if report is not None:
+            _write_json(arguments.json, report)
         return
     if arguments.out is not None or arguments.resume:
         raise ValueError("--out and --resume belong to --once LOG; without it the live learner starts")

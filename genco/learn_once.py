@@ -17,9 +17,11 @@ import pyarrow as pa
 from rich.console import Console
 
 from genco.folders import require_folder
+from learner.followers import dismiss, follow, learner_maker
 from learner.once import LoggedUpdate, LogLearner, OnceReport
-from learner.online import LearnerSettings, OnlineLearner
+from learner.online import LearnerSettings
 from learner.updates import Update, effective
+from learner.workers import join_group, own_device
 from streams.contracts.catalog import Element, Product
 from streams.contracts.examples import EXAMPLE_SCHEMA, ExampleBatch, decode_examples, example_record
 from streams.contracts.settings import LearnSettings, load
@@ -35,8 +37,8 @@ TELL_EVERY_S: Final = 5.0
 Records = Iterable[Element | Product]
 
 
-def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Learn a log and return the report.
+def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any] | None:
+    """Learn a log and return the report; None as a follower of another process (`learner.followers`).
 
     Args:
         arguments: Those of `genco.learn_arguments`.
@@ -47,13 +49,19 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         CheckpointError: If there are checkpoints that cannot be used.
         ConfigurationError: If a setting in the environment is wrong.
         OSError: If the folder cannot be written.
+        RuntimeError: If another of several processes is gone.
     """
     if arguments.out is None:
         raise ValueError("--once needs --out DIR, a folder for checkpoints, policy and manifest")
     require_folder(arguments.json)
     settings = _settings(arguments)
+    device = own_device(settings.device)
+    group = join_group(device)
+    if group is not None and group.rank > 0:
+        follow(group)
+        return None
     learner = LogLearner(
-        lambda: OnlineLearner(LearnerSettings.from_settings(settings), device=settings.device),
+        learner_maker(LearnerSettings.from_settings(settings), device, group),
         arguments.out,
         checkpoint_every=arguments.checkpoint_every,
     )
@@ -66,6 +74,8 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     started = time.monotonic()
     report = learner.learn(updates, max_updates=arguments.max_updates, progress=_Progress(console, started))
     seconds = time.monotonic() - started
+    if group is not None:
+        dismiss(group)
     manifest = _write_policy(learner, settings, arguments.out) if learner.number else None
     result = _result(report, summary, manifest, seconds)
     _show(result, console)

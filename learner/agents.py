@@ -1,12 +1,14 @@
 """`genco learn`: the Faust agent that feeds the learner's thread.
 
 The agent reads `examples` and hands each record on; offsets are acknowledged when the thread has them in a checkpoint.
+Under `torchrun` rank 0 does so, and the other processes follow it (`learner.followers`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 from typing import Any
 
 import faust
@@ -14,8 +16,10 @@ import torch
 
 from learner.crash_points import Hook, go_on
 from learner.feed import Feed, InboxRecord, Rebalanced, RecordsLost
-from learner.online import LearnerSettings, OnlineLearner
+from learner.followers import dismiss, follow, learner_maker
+from learner.online import LearnerSettings
 from learner.worker import Connections, Worker
+from learner.workers import ProcessGroup, join_group, own_device
 from streams.app import create_app, run_worker
 from streams.clients import check_topics
 from streams.contracts.settings import ConfigurationError, LearnSettings
@@ -80,8 +84,16 @@ def _check_device(device: str) -> None:
         raise ConfigurationError(f"GENCO_DEVICE is {device!r}, which does not work here ({cause}); try cpu") from None
 
 
+def _follow(group: ProcessGroup) -> None:
+    """Follow the leader to its end: SIGTERM and Ctrl-C reach every process, and it still needs this one's sums."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    logger.info("follows the leader", extra={"rank": group.rank, "size": group.size, "device": group.device})
+    follow(group)
+
+
 def run(settings: LearnSettings, *, at: Hook = go_on) -> None:
-    """Run the learner until SIGTERM. Does not return.
+    """Run the learner until SIGTERM. Does not return, except as a follower, when the leader has stopped.
 
     Args:
         settings: Those of the process.
@@ -91,19 +103,23 @@ def run(settings: LearnSettings, *, at: Hook = go_on) -> None:
         ConfigurationError: If a topic is missing, their partition counts differ, or there is no such device.
         CheckpointError: If there are checkpoints and none can be read.
         OSError: If the metrics port is taken.
+        RuntimeError: If another process is gone, as a follower.
     """
-    _check_device(settings.device)
+    device = own_device(settings.device)
+    _check_device(device)
+    group = join_group(device)
+    if group is not None and group.rank > 0:
+        _follow(group)
+        return
     check_topics(settings)
     metrics = MetricsServer(settings.metrics_host, settings.metrics_port) if settings.metrics_port else None
-
-    def make_learner() -> OnlineLearner:
-        return OnlineLearner(LearnerSettings.from_settings(settings), device=settings.device)
-
+    make_learner = learner_maker(LearnerSettings.from_settings(settings), device, group)
     worker = Worker(settings, make_learner, Connections.open(settings), at=at)
     worker.start()
     try:
         run_worker(create_learner_app(settings, worker))
     finally:
-        worker.stop()
+        if worker.stop() and group is not None:
+            dismiss(group)
         if metrics is not None:
             metrics.close()

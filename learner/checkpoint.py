@@ -34,6 +34,25 @@ class CheckpointError(RuntimeError):
     """There are checkpoints, but none can be read: starting from nothing would silently forget what was learned."""
 
 
+def pack(tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> bytes:
+    """Return tensors (of any names but `state`) and anything that JSON can hold as the bytes of a safetensors file."""
+    text = json.dumps(state, separators=(",", ":"), allow_nan=False).encode()
+    packed = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    packed[_STATE] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    return save(packed)
+
+
+def unpack(data: bytes) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return what `pack` was given.
+
+    Raises:
+        SafetensorError: If the bytes are no safetensors file.
+        KeyError: If it has no state.
+    """
+    tensors = load(data)
+    return tensors, json.loads(bytes(tensors.pop(_STATE).numpy()))
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """What was saved."""
@@ -63,10 +82,7 @@ class CheckpointStore:
             OSError: If the disk refuses; the earlier checkpoints are untouched then.
         """
         self._directory.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(state, separators=(",", ":"), allow_nan=False).encode()
-        packed = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        packed[_STATE] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        data = save(packed)
+        data = pack(tensors, state)
         name = f"checkpoint-{number:012d}-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
         path = self._directory / name
         temporary = self._directory / f".{name}.{os.getpid()}.tmp"
@@ -107,8 +123,7 @@ class CheckpointStore:
                 digest = hashlib.sha256(data).hexdigest()[:16]
                 if digest != expected:
                     raise ValueError(f"sha256 starts with {digest}; its name says {expected}")
-                tensors = load(data)
-                state = json.loads(bytes(tensors.pop(_STATE).numpy()))
+                tensors, state = unpack(data)
             except (OSError, ValueError, KeyError, SafetensorError) as error:
                 logger.error("checkpoint is damaged, trying the one before", extra={"path": path, "error": error})
                 continue

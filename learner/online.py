@@ -34,6 +34,7 @@ from learner.intake import Intake
 from learner.parsing import ExampleParser, ParsedExamples
 from learner.recent import RecentImpression, RecentImpressions
 from learner.reward_model import Effects, RewardModel, RewardModelSettings
+from learner.workers import ALONE, Workers
 from serving.policy import Policy, PolicySettings
 from streams.contracts.catalog import Element, Product
 from streams.contracts.encoders import ContentEncoder
@@ -115,13 +116,13 @@ class _Published:
 class OnlineLearner:
     """Reward model, generator, vocabulary and memory of one model."""
 
-    def __init__(self, settings: LearnerSettings | None = None, device: str = "cpu") -> None:
+    def __init__(self, settings: LearnerSettings | None = None, device: str = "cpu", workers: Workers = ALONE) -> None:
         self.settings = settings = settings or LearnerSettings()
         self.device = torch.device(device)
         text_encoder = text_encoder_named(settings.text_encoder)
         content_encoder = ContentEncoder(settings.features.content_size, text_encoder=text_encoder)
         self.features = GrowingFeatureSpec(settings.features, content_encoder)
-        self.reward_model = RewardModel(settings.reward_model, device)
+        self.reward_model = RewardModel(settings.reward_model, device, workers)
         self.generator = Generator(
             settings.features.content_size, settings.generator, seed=settings.seed, device=device
         )

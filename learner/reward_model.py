@@ -278,7 +278,9 @@ class RewardModel:
                 add=self._workers.add,
             )
             logit_NK = self.core.logits(x_ND, learned.theta).cpu() + rest_NK
-            if float((logit_NK - before_NK).abs().mean()) < SETTLED:
+            # The same number everywhere: a process that made another pass would wait for the others in vain.
+            moved = self._workers.add((logit_NK - before_NK).abs().mean().to(self.device))
+            if float(moved) / self._workers.size < SETTLED:
                 break
         return learned, logit_NK
 

@@ -124,11 +124,12 @@ class Worker:
         """Start the thread."""
         self._thread.start()
 
-    def stop(self, timeout_s: float = 10.0) -> None:
-        """Take a last checkpoint, give the lease back and end the thread."""
+    def stop(self, timeout_s: float = 10.0) -> bool:
+        """Take a last checkpoint, give the lease back and end the thread; tell whether it has ended in order."""
         self._stop.set()
         self._thread.join(timeout_s)
         self._connections.close()
+        return self.failure is None and not self._thread.is_alive()
 
     def acknowledge(self) -> None:
         """Acknowledge what a checkpoint holds; called on the event loop."""
