@@ -29,7 +29,7 @@ SIZES = (90, 1, 257, 64, 3, 400, 1, 130)
 
 def settings() -> LearnerSettings:
     before = LearnerSettings(num_draws=8, features=FeatureLimits(content_size=4))
-    small = replace(before.generator, cards=8, group_size=4, winners=2, examples_per_step=50)
+    small = replace(before.generator, cards=8, group_size=4, examples_per_step=50)
     # Beyond the warm-up, so that traits, prior variances and the test of change have their turn.
     change = replace(before.reward_model.change, warm_examples=300)
     model = replace(before.reward_model, warm_examples=300, variance_every=200, change=change)

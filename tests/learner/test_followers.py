@@ -85,14 +85,11 @@ def wait_until(is_so: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(
-    ("rank", "blow"),
-    [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)],
-    ids=["follower-killed", "leader-killed", "follower-hangs"],
-)
-def test_process_that_is_gone_ends_the_other_with_an_error(tmp_path: Path, rank: int, blow: signal.Signals) -> None:
+@pytest.mark.long
+@pytest.mark.parametrize("rank", [1, 0], ids=["follower", "leader"])
+def test_process_that_is_killed_ends_the_other_with_an_error(tmp_path: Path, rank: int) -> None:
     with two_processes(tmp_path) as processes:
-        processes[rank].send_signal(blow)
+        processes[rank].send_signal(signal.SIGKILL)
         _, error = processes[1 - rank].communicate(timeout=30)
         assert processes[1 - rank].returncode != 0  # 1, or -6 where gloo aborts while Python ends
         assert "RuntimeError" in error, error
