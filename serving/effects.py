@@ -6,8 +6,9 @@ widths: scale times posterior standard deviation times normal numbers that follo
     z(e) = content(e) + trait(e) + scale root(e) normal       what stands in the core's features
     own(e) = element(e) + scale sd(e) normal                  effect of the element itself
 
-Effects with the context, and those of pairs of elements, are the posterior means under every draw: drawing them too
-changed no regret that could be measured (`benchmarks/README.md`).
+Effects with the context, and those of pairs of elements, are the posterior means under every draw. Drawing the former
+changed no regret that could be measured; drawing the latter may win a little, and would take a table of a card's pairs
+for every draw (`benchmarks/README.md`, Regret).
 
 Shapes: M draws, L = M + 1 with the posterior mean last, S slots of the vocabulary, E elements, F content numbers, of
 which the first G stand in pairs, C context columns, A candidates, R pairs of elements.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+import time
 from collections.abc import AsyncIterator, Mapping, Set
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ import mode
 import uvloop
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
+from aiokafka.protocol.fetch import FetchRequest
 from faust.auth import SASLCredentials, SSLCredentials
 from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread, Consumer, Transport
 from faust.types import TP
@@ -38,11 +40,26 @@ class _ConsumerThread(AIOKafkaConsumerThread):
         consumer = super()._create_worker_consumer(transport)
         # Faust asks the broker to wait 1.5 s for records; the embedded broker then does, even when some have come.
         consumer._fetch_max_wait_ms = transport.fetch_max_wait_ms  # noqa: SLF001 - no setting
+        client = consumer._client  # noqa: SLF001 - the time of a request is seen nowhere else
+        send = client.send
+
+        async def send_and_note(node_id: Any, request: Any, **options: Any) -> Any:
+            asked_ms = int(1000 * time.time())
+            response = await send(node_id, request, **options)
+            if isinstance(request, FetchRequest):
+                # Nothing else runs before the client takes the response in.
+                places = (TP(topic, partition) for topic, partitions in request.topics for partition, *_ in partitions)
+                self.asked_ms.update(dict.fromkeys(places, asked_ms))
+            return response
+
+        client.send = send_and_note
         return consumer
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.gaps: dict[TP, tuple[int, int]] = {}
+        self.asked_ms: dict[TP, int] = {}
+        """When the newest fetch of a partition that was answered had been sent, in Unix milliseconds."""
 
     async def _fetch_records(
         self,
@@ -64,13 +81,14 @@ class _ConsumerThread(AIOKafkaConsumerThread):
         return records
 
     def answered_at_ms(self, place: TP) -> int | None:
-        """Return when the broker last answered a fetch of this partition, in Unix milliseconds; None: not yet."""
+        """See `LogConsumer.answered_at_ms`."""
         consumer = self._consumer
         partition = TopicPartition(place.topic, place.partition)
         if consumer is None or partition not in consumer.assignment():
             return None
-        answered_at_ms: int | None = consumer.last_poll_timestamp(partition)
-        return answered_at_ms
+        # The client's own time is that at which it took the answer in, on a busy machine seconds after it was given.
+        taken_at_ms: int | None = consumer.last_poll_timestamp(partition)
+        return None if taken_at_ms is None else min(taken_at_ms, self.asked_ms.get(place, taken_at_ms))
 
     def has_lost_its_group(self) -> bool:
         """Say whether the task is dead that keeps the membership of the group: aiokafka never starts it again."""
@@ -156,7 +174,11 @@ class LogConsumer(Consumer):
         return offset
 
     def answered_at_ms(self, place: TP) -> int | None:
-        """Return when the broker last answered a fetch of this partition, in Unix milliseconds; None: not yet."""
+        """Return until when this partition's end is known, in Unix milliseconds; None: its first fetch is not answered.
+
+        It is the time at which the newest fetch that was answered had been sent: what was written before is in the
+        answer, or was read earlier.
+        """
         return self._thread.answered_at_ms(place)
 
     def after_gap(self, place: TP, offset: int) -> int:

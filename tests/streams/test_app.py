@@ -6,9 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from aiokafka import TopicPartition
 from faust.types import TP
 
-from streams.app import MAX_HOLD_S, LogConsumer, create_app
+from streams.app import MAX_HOLD_S, LogConsumer, _ConsumerThread, create_app
 from streams.contracts.settings import KafkaSettings
 from streams.contracts.topics import CLICKS, IMPRESSIONS
 
@@ -122,3 +123,24 @@ def test_log_that_was_cut_ends_the_process(consumer: LogConsumer, monkeypatch: p
     consumer._read_offset[CLICKED] = 7
     with pytest.raises(RuntimeError, match="clicks partition 0: offset 0 came after 7: the broker has lost records"):
         deliver(consumer, monkeypatch, lambda: None)
+
+
+class AnsweredConsumer:
+    """An aiokafka consumer that has taken in an answer for one partition."""
+
+    def assignment(self) -> set[TopicPartition]:
+        return {TopicPartition("clicks", 0)}
+
+    def last_poll_timestamp(self, _: TopicPartition) -> int:
+        return 5_000
+
+
+def test_end_of_a_partition_is_known_for_the_time_before_the_fetch_was_sent() -> None:
+    thread = object.__new__(_ConsumerThread)
+    thread._consumer = AnsweredConsumer()
+    thread.asked_ms = {TP("clicks", 0): 3_000}
+    # Sent at 3,000, and taken in two seconds later: what was written meanwhile need not be in the answer.
+    assert thread.answered_at_ms(TP("clicks", 0)) == 3_000
+    assert thread.answered_at_ms(TP("clicks", 1)) is None
+    thread.asked_ms = {}
+    assert thread.answered_at_ms(TP("clicks", 0)) == 5_000
