@@ -156,6 +156,10 @@ class LogConsumer(Consumer):
                     "broker has lost records, or the topic was made anew. If that is meant, start with another "
                     "GENCO_JOINER_GROUP"
                 )
+            # At the end of a rebalance records may come before Faust's flow control is on again. Streams then drop them
+            # without a word, though they count as read.
+            while not (self.app.flow_control.is_active() or self.should_stop):  # noqa: ASYNC110 - it has no event
+                await asyncio.sleep(0.01)
             yield place, message
 
     def _new_consumer_thread(self) -> AIOKafkaConsumerThread:

@@ -32,8 +32,6 @@ def scene_of(servers: dict[str, str], directory: Path, **settings: object) -> Sc
     return Scene(servers, directory, **short | settings)
 
 
-# Rarely, on a busy machine, a joiner misses some clicks after a rebalance (CHANGELOG, known issues); this finds it.
-@pytest.mark.long
 def test_two_joiners_killed_under_load_lose_nothing(tmp_path: Path, kafka_servers: dict[str, str]) -> None:
     seed = 1
     draw = random.Random(seed)

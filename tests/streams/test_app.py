@@ -30,6 +30,7 @@ def consumer() -> Iterator[LogConsumer]:
         found = app.transport.create_consumer(ignore, on_partitions_revoked=ignore, on_partitions_assigned=ignore)
         assert isinstance(found, LogConsumer)
         found._set_active_tps(set(BOTH))
+        app.flow_control.resume()
         yield found
         found._thread.thread_loop.close()
         asyncio.set_event_loop(None)
@@ -123,6 +124,19 @@ def test_log_that_was_cut_ends_the_process(consumer: LogConsumer, monkeypatch: p
     consumer._read_offset[CLICKED] = 7
     with pytest.raises(RuntimeError, match="clicks partition 0: offset 0 came after 7: the broker has lost records"):
         deliver(consumer, monkeypatch, lambda: None)
+
+
+def test_records_wait_until_streams_take_them_again(consumer: LogConsumer, monkeypatch: pytest.MonkeyPatch) -> None:
+    flow, taken_while = consumer.app.flow_control, []
+
+    def pause() -> None:
+        flow.suspend()
+        consumer.loop.call_later(0.1, lambda: (taken_while.append("suspended"), flow.resume()))
+
+    found = deliver(consumer, monkeypatch, pause)
+    # The pause came after the first record: nothing else was handed on before its end, and nothing is missing.
+    assert taken_while == ["suspended"]
+    assert sorted(found) == [(topic, offset) for topic in (CLICKS, IMPRESSIONS) for offset in range(3)]
 
 
 class AnsweredConsumer:
