@@ -22,8 +22,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-GROUPS = ("bias", "context", "content", "content_context", "content_pair")
-
 
 def slot_pairs(num_slots: int) -> tuple[list[int], list[int]]:
     """Return the first and the second slot of each pair; a new slot appends pairs and moves none.
