@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 MAX_HOLD_S: Final = 30 * 86_400.0
 """For so long a consumer may hold all its partitions: until somebody has mended what made it stop."""
+MAX_GAPS: Final = 10_000
+"""So many of the newest runs of offsets without a record are remembered for each partition."""
 
 
 class _ConsumerThread(AIOKafkaConsumerThread):
@@ -57,7 +59,8 @@ class _ConsumerThread(AIOKafkaConsumerThread):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.gaps: dict[TP, tuple[int, int]] = {}
+        self.gaps: dict[TP, dict[int, int]] = {}
+        """For each partition where a run of offsets without a record begins, and where it ends."""
         self.asked_ms: dict[TP, int] = {}
         """When the newest fetch of a partition that was answered had been sent, in Unix milliseconds."""
 
@@ -74,11 +77,34 @@ class _ConsumerThread(AIOKafkaConsumerThread):
             consumer, active_partitions, timeout=timeout, max_records=max_records
         )
         for place, end in _positions(consumer).items():
-            begin = records[place][-1].offset + 1 if place in records else before.get(place, end)
-            if begin < end:
-                known = self.gaps.get(place, (begin, begin))
-                self.gaps[place] = (known[0] if known[1] == begin else begin, end)
+            offsets = [record.offset for record in records.get(place, ())]
+            begin = before.get(place, offsets[0] if offsets else end)
+            if end - begin > len(offsets):
+                self._note_gaps(place, begin, [*offsets, end])
         return records
+
+    def _note_gaps(self, place: TP, begin: int, offsets: list[int]) -> None:
+        found = self.gaps.setdefault(place, {})
+        for offset in offsets:
+            if begin < offset:
+                found[begin] = offset
+            begin = offset + 1
+        while len(found) > MAX_GAPS:
+            del found[next(iter(found))]
+
+    async def seek_to_committed(self) -> Mapping[TP, int]:
+        """Go to where each partition was committed, or to its beginning."""
+        offsets: Mapping[TP, int] = await self.call_thread(self._seek_to_committed)
+        return offsets
+
+    async def _seek_to_committed(self) -> Mapping[TP, int]:
+        # aiokafka leaves a partition of which nothing was committed where it stands. At the end of a rebalance that may
+        # be behind records that it has handed out and Faust has dropped.
+        consumer = self._ensure_consumer()
+        offsets: Mapping[TP, int] = await consumer.seek_to_committed()
+        if places := [place for place, offset in offsets.items() if not offset]:
+            await consumer.seek_to_beginning(*places)
+        return offsets
 
     def answered_at_ms(self, place: TP) -> int | None:
         """See `LogConsumer.answered_at_ms`."""
@@ -158,8 +184,11 @@ class LogConsumer(Consumer):
                 )
             # At the end of a rebalance records may come before Faust's flow control is on again. Streams then drop them
             # without a word, though they count as read.
+            generation = self.app.consumer_generation_id
             while not (self.app.flow_control.is_active() or self.should_stop):  # noqa: ASYNC110 - it has no event
                 await asyncio.sleep(0.01)
+            if self.app.consumer_generation_id != generation:
+                return  # what was fetched before a rebalance is read again after it
             yield place, message
 
     def _new_consumer_thread(self) -> AIOKafkaConsumerThread:
@@ -190,8 +219,10 @@ class LogConsumer(Consumer):
 
         A transaction ends with an offset that nobody is given, and so does the log when nothing follows it.
         """
-        begin, end = self._thread.gaps.get(place, (offset, offset))
-        return end if begin <= offset < end else offset
+        gaps = self._thread.gaps.get(place, {})
+        while offset in gaps:
+            offset = gaps[offset]
+        return offset
 
     def has_lost_its_group(self) -> bool:
         """Say whether this consumer will never again take part in a rebalance."""

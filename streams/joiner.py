@@ -66,6 +66,7 @@ class Joiner:
         self._commit_at = 0.0
         self._at_end: set[TP] = set()
         self._held: frozenset[TP] = frozenset()
+        self._first: dict[TP, int] = {}
         self._start: dict[TP, int] = {}
         self._rereading = Rereading(time.monotonic())
         self._is_recovering = True
@@ -97,11 +98,7 @@ class Joiner:
         joiner = self._partitions.get(message.partition)
         if joiner is None:
             return  # of an assignment that is over
-        if message.offset < self._next_offset.get(place, 0):
-            raise RuntimeError(
-                f"{topic} partition {message.partition}: offset {message.offset} came after "
-                f"{self._next_offset[place] - 1} without a rebalance"
-            )
+        self._require_next(place, message.offset)
         self._next_offset[place] = message.offset + 1
         mark_ms = mark_of(list(dict(message.headers or ()).items()))
         timestamp_ms = round(message.timestamp * 1000)
@@ -111,6 +108,24 @@ class Joiner:
         breaker.observe(len(record.events), [bad.reason for bad in record.bad])
         if breaker.is_open:
             self._regulate()
+
+    def _require_next(self, place: TP, offset: int) -> None:
+        """Refuse a record that does not follow what was read before it.
+
+        The consumer must hand on every record once. Should it not, nothing after that may be committed; ending is safe,
+        for whoever starts next reads from what was.
+
+        Raises:
+            RuntimeError: If records are missing, or come again.
+        """
+        reached = self._next_offset.get(place, self._start.get(place))
+        if reached is None:
+            self._first[place] = offset  # `_locate` will know where reading begins
+        elif offset != reached and offset != (expected := self._consumer.after_gap(place, reached)):
+            raise RuntimeError(
+                f"{place.topic} partition {place.partition}: offset {offset} came, expected {expected}: the consumer "
+                "has lost records, or repeats them. Nothing after them was committed: the next start reads them again"
+            )
 
     async def start(self) -> None:
         """Connect the producer."""
@@ -163,7 +178,7 @@ class Joiner:
         """Find out where reading of each partition begins, once the first fetches have been answered.
 
         Raises:
-            RuntimeError: If the log of a partition ends before what was read of it.
+            RuntimeError: If the log of a partition ends before what was read of it, or its first records are missing.
         """
         places = [TP(topic, partition) for partition in self._partitions for topic in JOIN_TOPICS]
         if self._start or not all(self._consumer.highwater(place) is not None for place in places):
@@ -188,6 +203,11 @@ class Joiner:
                 self._report.lost(place.topic, place.partition, begin, earliest[place] - begin)
                 begin = earliest[place]
             self._start[place] = begin
+            if place in self._first and self._first[place] > self._consumer.after_gap(place, begin):
+                raise RuntimeError(
+                    f"{place.topic} partition {place.partition}: offset {self._first[place]} came first, expected "
+                    f"{begin}: the consumer has lost records. Nothing was committed: the next start reads them again"
+                )
             self._rereading.begin(place, begin, end)
 
     def _read_until_ms(self, partition: int) -> dict[JoinTopic, int]:

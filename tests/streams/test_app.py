@@ -115,8 +115,11 @@ def test_app_that_reads_nothing_for_hours_stays_in_its_group() -> None:
 
 
 def test_reading_goes_on_after_offsets_that_hold_no_record(consumer: LogConsumer) -> None:
-    consumer._thread.gaps[SHOWN] = (5, 8)
-    assert [consumer.after_gap(SHOWN, offset) for offset in (4, 5, 7, 8)] == [4, 8, 8, 8]
+    consumer._thread._note_gaps(SHOWN, 3, [3, 4, 7, 10])
+    assert [consumer.after_gap(SHOWN, offset) for offset in (3, 4, 5, 7, 8)] == [3, 4, 7, 7, 10]
+    # The log goes on without a record.
+    consumer._thread._note_gaps(SHOWN, 10, [12])
+    assert consumer.after_gap(SHOWN, 8) == 12
     assert consumer.after_gap(CLICKED, 5) == 5
 
 
@@ -158,3 +161,39 @@ def test_end_of_a_partition_is_known_for_the_time_before_the_fetch_was_sent() ->
     assert thread.answered_at_ms(TP("clicks", 1)) is None
     thread.asked_ms = {}
     assert thread.answered_at_ms(TP("clicks", 0)) == 5_000
+
+
+class SeekingConsumer:
+    """An aiokafka consumer of four partitions, two of which have committed offsets."""
+
+    def __init__(self) -> None:
+        self.rewound: set[TopicPartition] = set()
+
+    async def seek_to_committed(self) -> dict[TopicPartition, int | None]:
+        offsets = (None, 7, 0, 3)
+        return {TopicPartition(CLICKS, partition): offset for partition, offset in enumerate(offsets)}
+
+    async def seek_to_beginning(self, *places: TopicPartition) -> None:
+        self.rewound.update(places)
+
+
+def test_partition_of_which_nothing_was_committed_is_read_from_its_beginning_after_a_rebalance() -> None:
+    thread = object.__new__(_ConsumerThread)
+    thread._consumer = consumer = SeekingConsumer()
+    offsets = asyncio.run(thread._seek_to_committed())
+    assert list(offsets.values()) == [None, 7, 0, 3]
+    # aiokafka alone would leave them where they stand, behind what it has handed out.
+    assert consumer.rewound == {TopicPartition(CLICKS, 0), TopicPartition(CLICKS, 2)}
+
+
+def test_records_fetched_before_a_rebalance_are_not_handed_on_after_it(
+    consumer: LogConsumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flow, app = consumer.app.flow_control, consumer.app
+
+    def rebalance() -> None:
+        flow.suspend()
+        consumer.loop.call_later(0.05, lambda: (setattr(app, "consumer_generation_id", 7), flow.resume()))
+
+    # The first record was handed on before it; the rest is read again.
+    assert len(deliver(consumer, monkeypatch, rebalance)) == 1

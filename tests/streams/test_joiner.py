@@ -37,6 +37,8 @@ class Consumer:
     earliest: dict[TP, int] = field(default_factory=dict)
     ends: dict[TP, int] = field(default_factory=dict)
     answered_ms: int | None = NOW_MS
+    gaps: dict[TP, tuple[int, int]] = field(default_factory=dict)
+    """Offsets without a record: where they begin and end."""
     held: set[TP] = field(default_factory=set)
     commits: list[dict[TP, int]] = field(default_factory=list)
     takes_commits: bool = True
@@ -59,7 +61,8 @@ class Consumer:
         return self.answered_ms
 
     def after_gap(self, place: TP, offset: int) -> int:
-        return offset
+        begin, end = self.gaps.get(place, (offset, offset))
+        return end if offset == begin else offset
 
     def has_lost_its_group(self) -> bool:
         return not self.is_member
@@ -141,6 +144,8 @@ class Bench:
         place = TP(topic, partition)
         if offset is None:
             offset = self.offsets.get(place, 0)
+        if place not in self.offsets:
+            self.consumer.committed.setdefault(place, offset)
         self.offsets[place] = offset + 1
         if place in self.consumer.ends:
             self.consumer.ends[place] = max(self.consumer.ends[place], offset + 1)
@@ -421,14 +426,43 @@ def test_record_of_a_partition_that_is_not_assigned_is_ignored(topic: JoinTopic)
 
 
 @pytest.mark.parametrize("topic", JOIN_TOPICS)
-@pytest.mark.parametrize("second", [4, 3])
-def test_offset_that_goes_back_without_a_rebalance_is_an_error(topic: JoinTopic, second: int) -> None:
+@pytest.mark.parametrize("second", [4, 3, 6])
+def test_record_that_does_not_follow_the_one_before_it_ends_the_process(topic: JoinTopic, second: int) -> None:
     async def main() -> None:
         bench = Bench()
         bench.add(topic, offset=4)
-        with pytest.raises(RuntimeError, match=f"{topic} partition 0: offset {second} came after 4"):
+        with pytest.raises(RuntimeError, match=f"{topic} partition 0: offset {second} came, expected 5: the consumer"):
             bench.add(topic, offset=second)
-        bench.add(topic, offset=9)  # a gap is none: transactions and compaction leave some
+        bench.consumer.gaps[TP(topic, 0)] = (5, 9)
+        bench.add(topic, offset=9)
+
+    run(main())
+
+
+@pytest.mark.parametrize("topic", JOIN_TOPICS)
+def test_first_record_that_is_not_where_reading_began_ends_the_process(topic: JoinTopic) -> None:
+    async def main() -> None:
+        for gap, committed, expected in (((0, 0), 3, 3), ((0, 0), None, 0), ((3, 4), 3, 3)):
+            bench = Bench()
+            place = TP(topic, 0)
+            bench.consumer.gaps[place] = gap
+            bench.consumer.committed |= {} if committed is None else {place: committed}
+            bench.offsets[place] = 5  # so that the bench does not commit what it adds
+            bench.add(topic)
+            with pytest.raises(RuntimeError, match=f"{topic} partition 0: offset 5 came first, expected {expected}"):
+                await bench.pump()
+
+    run(main())
+
+
+def test_first_record_may_come_after_offsets_that_hold_none() -> None:
+    async def main() -> None:
+        bench = Bench()
+        bench.consumer.gaps[TP(CLICKS, 0)] = (3, 5)
+        bench.consumer.committed[TP(CLICKS, 0)] = 3
+        bench.add(CLICKS, offset=5)
+        await bench.pump()
+        assert bench.joiner._start[TP(CLICKS, 0)] == 3
 
     run(main())
 
