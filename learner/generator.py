@@ -61,6 +61,8 @@ class GeneratorSettings:
     """One training step for so many learned examples."""
     advantage_floor: float = 0.05
     """Smallest scale of an advantage, in logits: groups that hardly differ teach hardly anything."""
+    slot_credit: float = 0.5
+    """What a slot's own contribution counts in its advantage; the whole creative's reward counts the rest."""
     policy_gradient: float = 1.0
     """Weight of the group-relative policy gradient."""
     entropy: float = 0.3

@@ -1,10 +1,11 @@
 """How the generator learns from the reward model: group-relative policy gradient, and imitation of refined winners.
 
 For a card c, G creatives are sampled from pi and rewarded by one posterior draw of the reward model. What a choice
-earns in slot s is half its slot's marginal contribution (its own effect and its pairs with all other slots) and half
-the whole creative's reward, each against the mean of the group, on the scale of the group's spread (with a floor):
+earns in slot s is a share k of its slot's marginal contribution (its own effect and its pairs with all other slots) and
+the rest of the whole creative's reward, each against the mean of the group, on the scale of the group's spread (with a
+floor):
 
-    A_gs = 1/2 [(m_gs - mean_g m_gs) + (r_g - mean_g r_g)] / max(sd_g r_g, floor)
+    A_gs = [k (m_gs - mean_g m_gs) + (1 - k) (r_g - mean_g r_g)] / max(sd_g r_g, floor)
     loss = - mean_{c,g} sum_s A_gs log pi(e_gs | earlier)  - entropy H(pi)  + leash KL(pi || pi_published)
            - distillation mean_c log pi(w_c)
 
@@ -48,12 +49,13 @@ class GeneratorReport:
     gradient_norm: float
 
 
-def advantages(rewarded: Rewards, floor: float) -> Tensor:
+def advantages(rewarded: Rewards, floor: float, slot_credit: float) -> Tensor:
     """Return how much better each choice was than the group's, (B, G, S), in units of the group's spread."""
     marginal = rewarded.marginal - rewarded.marginal.mean(1, keepdim=True)
     total = rewarded.total - rewarded.total.mean(1, keepdim=True)
     scale = rewarded.total.std(1, correction=0).clamp(min=floor)
-    return 0.5 * (marginal + total[..., None]) / scale[:, None, None]
+    credit = slot_credit * marginal + (1.0 - slot_credit) * total[..., None]
+    return credit / scale[:, None, None]
 
 
 def train_step(
@@ -87,7 +89,7 @@ def train_step(
     has_B1S = cards.mask.any(-1)[:, None]
     chosen = log_pi.gather(-1, creatives_BGS[..., None])[..., 0] * has_B1S
     imitation = -chosen[:, 0].sum(-1).mean()
-    gradient = (advantages(rewarded, settings.advantage_floor) * chosen[:, 1:]).sum(-1).mean()
+    gradient = (advantages(rewarded, settings.advantage_floor, settings.slot_credit) * chosen[:, 1:]).sum(-1).mean()
     entropy, divergence = _regularizers(generator, cards, creatives_BGS, log_pi, published)
     loss = (
         settings.distillation * imitation

@@ -479,13 +479,17 @@ class Policy:
         """Find e^(m) of every draw for requests of one shape."""
         cards = [card for _, (_, card) in items]
         problem = self._problem([request for _, (request, _) in items], cards)
-        winners_NMT = relay(problem, self._starts([key for key, _ in items], problem), self.settings.max_sweeps)
+        winners_NMT = self._winners(problem, self._starts([key for key, _ in items], problem))
         logit_NM = problem.on_mean().values(winners_NMT[:, None])[:, 0]
         appeal = self._effects.appeal
         return {
             key: _Solved(card, winners_NMT[n], logit_NM[n], appeal(int(problem.product[n]), problem.context[n]))
             for n, (key, (_, card)) in enumerate(items)
         }
+
+    def _winners(self, problem: Problem, start_NRT: IntArray) -> IntArray:
+        """Return the creative e^(m) that each draw ends at, (N, M, T)."""
+        return relay(problem, start_NRT, self.settings.max_sweeps)
 
     def _starts(self, keys: Sequence[bytes], problem: Problem) -> IntArray:
         """Return what the draws of each request start from, (N, R, T): proposals, or the best main effects."""

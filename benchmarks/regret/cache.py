@@ -18,7 +18,7 @@ from functools import cache as remember
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.regret.policies import REGISTRY
+from benchmarks.regret.policies import ENTRIES
 from benchmarks.regret.run import Run
 from benchmarks.regret.worlds import BATCH, RATE, WORLDS
 
@@ -66,7 +66,7 @@ def reference_key(world: str, seed: int, impressions: int) -> str:
 
 def run_key(run: Run) -> str:
     """Return the key of a run's outcome."""
-    entry = REGISTRY[run.policy]
+    entry = ENTRIES[run.policy]
     sources = [source_version(m) for m in ("benchmarks.regret.run", f"benchmarks.regret.policies.{entry.module}")]
     return _key("run", _world(run.world), entry.name, run.seed, run.repeat, run.impressions, *sources)
 

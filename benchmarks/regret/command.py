@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.regret.policies import REGISTRY
+from benchmarks.regret.policies import ABLATIONS, ENTRIES, OURS, REGISTRY
 
 if TYPE_CHECKING:
     from benchmarks.regret.pool import Results
@@ -31,6 +31,9 @@ def add_parser(benches: Any) -> None:
     )
     parser.add_argument("--worlds", type=_names, metavar="A,B", help="default: all")
     parser.add_argument("--policies", type=_names, metavar="A,B", help="default: all that are installed")
+    parser.add_argument(
+        "--ablations", action="store_true", help="play ours without one of its parts each, for the peers"
+    )
     parser.add_argument(
         "--seeds", type=_seeds, default=range(6), metavar="0-5", help="of the worlds: 0-5 or 1,4,7 (0-5)"
     )
@@ -67,9 +70,10 @@ def run(arguments: argparse.Namespace) -> int:
         require_folder(path)
     console = Console(stderr=True)
     worlds = _known("world", arguments.worlds or list(WORLDS), list(WORLDS))
-    policies = _installed(_known("policy", arguments.policies or list(REGISTRY), list(REGISTRY)), arguments, console)
+    default = [OURS, *ABLATIONS] if arguments.ablations else list(REGISTRY)
+    policies = _installed(_known("policy", arguments.policies or default, list(ENTRIES)), arguments, console)
     if arguments.obd:
-        return _replay(arguments, [name for name in policies if REGISTRY[name].worlds is None], console)
+        return _replay(arguments, [name for name in policies if ENTRIES[name].worlds is None], console)
     runs = [
         Run(
             world=world,
@@ -82,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
         for repeat in range(arguments.repeats)
         for world in worlds
         for policy in policies
-        if world in (REGISTRY[policy].worlds or (world,))
+        if world in (ENTRIES[policy].worlds or (world,))
     ]
     results = _execute(runs, ResultCache(arguments.cache or default_folder()), arguments, console)
     summary = summarize(results) | {
@@ -154,7 +158,7 @@ def _execute(runs: list[Run], cache: Any, arguments: argparse.Namespace, console
 
 def _installed(policies: list[str], arguments: argparse.Namespace, console: Any) -> list[str]:
     """Return the policies whose libraries are there; one that was asked for by name must be."""
-    missing = {p: [lib for lib in REGISTRY[p].needs if find_spec(lib) is None] for p in policies}
+    missing = {p: [lib for lib in ENTRIES[p].needs if find_spec(lib) is None] for p in policies}
     for policy, libraries in missing.items():
         if libraries and arguments.policies:
             raise ValueError(

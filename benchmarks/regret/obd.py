@@ -26,7 +26,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.regret.policies import REGISTRY
+from benchmarks.regret.policies import ENTRIES
 from benchmarks.regret.policies.base import (
     FINAL,
     PROVISIONAL,
@@ -75,7 +75,7 @@ def replay(folder: Path, policies: Sequence[str], say: Callable[[str], None] = l
         labels, facts, catalog = as_labels(loaded)
         for policy in policies:
             say(f"{name}: {policy}")
-            played = REGISTRY[policy].load()(facts, seed=0)
+            played = ENTRIES[policy].load()(facts, seed=0)
             out[name]["policies"][policy] = estimate(played, labels, catalog)
     return {"obd": out}
 

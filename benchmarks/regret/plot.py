@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from benchmarks.regret.policies import OURS, REGISTRY
+from benchmarks.regret.policies import ENTRIES, OURS
 from benchmarks.regret.pool import Results
 from benchmarks.regret.worlds import BATCH
 
@@ -40,7 +40,7 @@ def picture(results: Results) -> Figure:
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     handles: dict[str, Line2D] = {}
     for panel, world in zip(panels, worlds, strict=False):
-        names = [name for name in REGISTRY if any((r.world, r.policy) == (world, name) for r in results.outcomes)]
+        names = [name for name in ENTRIES if any((r.world, r.policy) == (world, name) for r in results.outcomes)]
         for name in names:
             curve_RW, end_W = _curves(results, world, name)
             mean_W = curve_RW.mean(axis=0)
@@ -60,7 +60,7 @@ def picture(results: Results) -> Figure:
         panel.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k")
     for panel in panels[len(worlds) :]:
         panel.set_visible(False)
-    ordered = [name for name in REGISTRY if name in handles]
+    ordered = [name for name in ENTRIES if name in handles]
     figure.legend(
         [handles[name] for name in ordered],
         ordered,
@@ -75,7 +75,7 @@ def _color(name: str) -> tuple[float, ...]:
     """Return the color of a policy, the same in every picture."""
     if name == OURS:
         return (0.0, 0.0, 0.0)
-    peers = [peer for peer in REGISTRY if peer != OURS]
+    peers = [peer for peer in ENTRIES if peer != OURS]
     color: tuple[float, ...] = mpl.colormaps["tab20"](2 * peers.index(name) % 20 + 2 * peers.index(name) // 20)
     return color
 

@@ -16,7 +16,7 @@ from typing import Any, Self
 import psutil
 
 from benchmarks.regret.labels import LabelQueue
-from benchmarks.regret.policies import REGISTRY
+from benchmarks.regret.policies import ENTRIES
 from benchmarks.regret.policies.base import BenchPolicy
 from benchmarks.regret.traffic import Reference, Traffic
 from benchmarks.regret.worlds import BATCH, WORLDS
@@ -76,7 +76,7 @@ def play(run: Run) -> Outcome:
     """
     traffic = Traffic(WORLDS[run.world], run.seed, run.impressions)
     memory = _resident_mb()
-    policy = REGISTRY[run.policy].load()(traffic.facts(), seed=1_000 * run.seed + run.repeat)
+    policy = ENTRIES[run.policy].load()(traffic.facts(), seed=1_000 * run.seed + run.repeat)
     return play_policy(policy, traffic, memory)
 
 

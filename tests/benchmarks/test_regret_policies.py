@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from benchmarks.regret.policies import REGISTRY
+from benchmarks.regret.policies import ABLATIONS, REGISTRY
 from benchmarks.regret.policies.base import BenchPolicy
 from benchmarks.regret.policies.content import MAX_SIZE, ContentTable
+from benchmarks.regret.policies.genco import Genco
 from benchmarks.regret.run import play_policy
 from benchmarks.regret.traffic import Reference, Traffic
 from benchmarks.regret.worlds import BATCH, BenchWorld
@@ -62,6 +63,26 @@ def test_it_follows_from_its_seed(name: str) -> None:
         traffic = Traffic(TINY, 5, 2 * BATCH)
         outcomes.append(play_policy(made(name, traffic, seed), traffic).obtained)
     assert outcomes[0] == outcomes[1] != outcomes[2]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ours_plays_without_one_of_its_parts(name: str) -> None:
+    traffic = Traffic(TINY, 5, 2 * BATCH)
+    policy = ABLATIONS[name].load()(traffic.facts(), 0)
+    assert len(play_policy(policy, traffic).obtained) == 2
+
+
+@pytest.mark.parametrize("name", ["no-rest", "no-pairs", "no-appeal"])
+def test_part_that_is_left_out_learns_nothing(name: str) -> None:
+    traffic = Traffic(TINY, 5, 2 * BATCH)
+    policy = ABLATIONS[name].load()(traffic.facts(), 0)
+    assert isinstance(policy, Genco)
+    play_policy(policy, traffic)
+    effects = policy._learner._effects_now()
+    left_out = {"no-rest": [effects.element], "no-pairs": [effects.pair], "no-appeal": [effects.product]}
+    assert all(abs(part).max() < 1e-6 for part in left_out[name])
+    assert abs(effects.mean["content"]).max() > 1e-6
 
 
 def test_the_tree_refuses_many_products() -> None:

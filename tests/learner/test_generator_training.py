@@ -109,7 +109,7 @@ def test_refined_creatives_cannot_be_improved_in_any_one_slot() -> None:
 def test_advantages_of_equal_creatives_are_zero() -> None:
     judged = Judge(effects_of()).cards(cards_of(2), torch.zeros(2, dtype=torch.long))
     rewarded = judged.rewards(torch.zeros(2, 5, S, dtype=torch.long))
-    assert float(advantages(rewarded, 0.05).abs().max()) < 1e-4
+    assert float(advantages(rewarded, 0.05, 0.5).abs().max()) < 1e-4
 
 
 def test_policy_gradient_alone_finds_rewarding_creatives() -> None:

@@ -52,3 +52,21 @@ REGISTRY: Final[dict[str, Entry]] = {
     "bayes-content": Entry("bayes_content", "BayesContent", needs=("numba",)),
     "bayes-content-forget": Entry("bayes_content", "BayesContentForget", needs=("numba",)),
 }
+
+ABLATIONS: Final[dict[str, Entry]] = {
+    "diagonal": Entry("ablation_diagonal", "Diagonal"),
+    "no-rest": Entry("ablations", "NoRest"),
+    "no-pairs": Entry("ablations", "NoPairs"),
+    "no-traits": Entry("ablations", "NoTraits"),
+    "no-appeal": Entry("ablations", "NoAppeal"),
+    "fixed-variances": Entry("ablations", "FixedVariances"),
+    "one-memory": Entry("ablations", "OneMemory"),
+    "no-change-test": Entry("ablations", "NoChangeTest"),
+    "no-content": Entry("ablations", "NoContent"),
+    "no-generator": Entry("ablations", "NoGenerator"),
+    "raw-generator": Entry("ablations", "RawGenerator"),
+    "creative-credit": Entry("ablations", "CreativeCredit"),
+}
+"""Ours without one of its parts each."""
+
+ENTRIES: Final = REGISTRY | ABLATIONS

@@ -35,11 +35,15 @@ class Genco(BenchPolicy):
 
     def __init__(self, facts: Facts, seed: int) -> None:
         super().__init__(facts, seed)
-        self._learner = OnlineLearner(LearnerSettings(seed=seed))
+        self._learner = self.make_learner(seed)
         self._policy: Policy | UniformPolicy = Policy.uniform()
         self._ids = [[f"{slot}-{number}" for number in range(facts.num_elements)] for slot in facts.slots]
         self._numbers = [{element_id: number for number, element_id in enumerate(ids)} for ids in self._ids]
         self._cards: dict[bytes, dict[str, list[str]]] = {}
+
+    def make_learner(self, seed: int) -> OnlineLearner:
+        """Return a learner with its defaults."""
+        return OnlineLearner(LearnerSettings(seed=seed))
 
     def catalog(self, catalog: CatalogNow) -> None:
         """Tell the learner of the elements alive, as the topic `catalog` would."""

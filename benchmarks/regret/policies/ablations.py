@@ -1,0 +1,118 @@
+"""Ours without one of its parts each: what the parts are worth in the closed loop.
+
+Prior standard deviations of `NOTHING` leave an effect out: no click moves it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, ClassVar, Final
+
+import numpy as np
+
+from benchmarks.regret.policies.base import CatalogNow, Facts
+from benchmarks.regret.policies.genco import Genco
+from learner.change_test import ChangeSettings
+from learner.core import CoreSettings, PriorScales
+from learner.generator import GeneratorSettings
+from learner.online import LearnerSettings, OnlineLearner
+from learner.rest import RestSettings
+from learner.reward_model import RewardModelSettings
+from serving.policy import Policy
+from serving.search import IntArray, Problem
+
+NOTHING: Final = 1e-6
+
+
+class _Ablation(Genco):
+    """Ours with other settings."""
+
+    changes: ClassVar[dict[str, Any]] = {}
+    """Of `LearnerSettings`."""
+
+    def make_learner(self, seed: int) -> OnlineLearner:
+        """Return a learner that lacks a part."""
+        return OnlineLearner(replace(LearnerSettings(seed=seed), **self.changes))
+
+
+class _Model(_Ablation):
+    """Ours with other settings of the reward model."""
+
+    def __init_subclass__(cls, **changes: Any) -> None:
+        """Take the changes of `RewardModelSettings`."""
+        cls.changes = {"reward_model": RewardModelSettings(**changes)}
+
+
+_NO_REST: Final = RestSettings(product_context=NOTHING, element=NOTHING, element_context=NOTHING, pair=NOTHING)
+
+
+class NoRest(_Model, rest=_NO_REST):
+    """No effects of single elements, none of products with the context; the products' own appeal stays."""
+
+
+class NoPairs(_Model, rest=RestSettings(pair=NOTHING), core=CoreSettings(scales=PriorScales(content_pair=NOTHING))):
+    """No effects of pairs, neither of content nor of elements."""
+
+
+class NoTraits(_Model, trait_scale=0.0):
+    """Elements are what their content says."""
+
+
+class NoAppeal(_Model, rest=RestSettings(product=NOTHING, product_context=NOTHING)):
+    """No product has an appeal of its own."""
+
+
+class FixedVariances(_Model, core=CoreSettings(learn_variances=False)):
+    """Prior variances stay where they start."""
+
+
+class OneMemory(_Model, memories=(0.0,)):
+    """The memory that forgets nothing, alone."""
+
+
+class NoChangeTest(_Model, change=ChangeSettings(threshold=math.inf)):
+    """Nothing widens what is known."""
+
+
+class NoContent(Genco):
+    """Elements are names only."""
+
+    def __init__(self, facts: Facts, seed: int) -> None:
+        super().__init__(replace(facts, content_size=0), seed)
+
+    def catalog(self, catalog: CatalogNow) -> None:
+        """Tell of the elements without their content."""
+        nothing = np.zeros((*catalog.content.shape[:2], 0), np.float32)
+        super().catalog(replace(catalog, content=nothing))
+
+
+class NoGenerator(_Ablation):
+    """The draws start from their best main effects."""
+
+    changes: ClassVar = {"proposals": 0}
+
+
+class CreativeCredit(_Ablation):
+    """The generator's slots all get the credit of the whole creative."""
+
+    changes: ClassVar = {"generator": GeneratorSettings(slot_credit=0.0)}
+
+
+class _Raw(Policy):
+    def _winners(self, problem: Problem, start_NRT: IntArray) -> IntArray:
+        return start_NRT[:, np.arange(problem.num_draws) % start_NRT.shape[1]]
+
+
+class _RawLearner(OnlineLearner):
+    def _policy(self, identity: str) -> Policy:
+        settings = replace(self._policy_settings(), temperature=1.0)
+        return _Raw(self._spec, self._tensors(), settings, identity)
+
+
+class RawGenerator(Genco):
+    """What the generator proposes is shown as it is."""
+
+    def make_learner(self, seed: int) -> OnlineLearner:
+        """Return a learner whose policy does not refine."""
+        return _RawLearner(LearnerSettings(seed=seed, proposals=32))
