@@ -81,6 +81,9 @@ class LearnerSettings:
             num_draws=settings.particles,
             epsilon=settings.epsilon,
             text_encoder=settings.text_encoder,
+            features=FeatureLimits(
+                max_products=settings.max_products, max_elements=settings.max_elements, min_seen=settings.min_seen
+            ),
             # A joiner that starts again emits one attribution window again, and may itself be one behind.
             horizon_ms=3 * settings.attribution_window_ms,
         )

@@ -36,7 +36,7 @@ class FeatureLimits:
     max_context_columns: int = 32
     max_values_per_field: int = 24
     """Columns that one context field may take, so that a field of countless values leaves room for the others."""
-    max_products: int = 512
+    max_products: int = 16_384
     max_elements: int = 4096
     min_seen: int = 1
     """How often a name must be seen to get a row, unless a catalog holds it."""

@@ -189,6 +189,12 @@ class LearnSettings(KafkaSettings, RedisSettings, SigningSettings, WindowSetting
     """What makes numbers of elements' texts: their words and word parts hashed straight into the numbers that features
     leave free, the same hashed wide and reduced by what differs in the catalog, or sentence embeddings so reduced
     (needs the extra `text`, in the servers too)."""
+    max_products: Annotated[int, Field(ge=1, le=1_000_000)] = 16_384
+    """Products with effects of their own; beyond them a product has the average appeal until another one expires."""
+    max_elements: Annotated[int, Field(ge=1, le=1_000_000)] = 4_096
+    """The same for elements; beyond them an element is what its content says."""
+    min_seen: Annotated[int, Field(ge=1, le=1_000)] = 3
+    """How often a name must have been seen to get a row, unless the catalog holds it; keeps a flood of names out."""
     lease_ms: Annotated[int, Field(ge=1_000, le=600_000)] = 15_000
     """How long the right to learn and publish outlives a learner that died; longer than an update may take."""
 

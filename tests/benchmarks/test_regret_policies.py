@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks.regret.policies import ABLATIONS, REGISTRY
-from benchmarks.regret.policies.base import BenchPolicy
+from benchmarks.regret.policies.base import FINAL, LATE_POSITIVE, BenchPolicy, Labels
 from benchmarks.regret.policies.content import MAX_SIZE, ContentTable
 from benchmarks.regret.policies.genco import Genco
 from benchmarks.regret.run import play_policy
@@ -83,6 +83,30 @@ def test_part_that_is_left_out_learns_nothing(name: str) -> None:
     left_out = {"no-rest": [effects.element], "no-pairs": [effects.pair], "no-appeal": [effects.product]}
     assert all(abs(part).max() < 1e-6 for part in left_out[name])
     assert abs(effects.mean["content"]).max() > 1e-6
+
+
+def test_ours_that_waits_learns_every_label_once_and_final(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.regret.policies.ablations.WINDOW_MS", 90_000)
+    learned: list[Labels] = []
+    monkeypatch.setattr(Genco, "learn", lambda _, labels: learned.append(labels))
+    # A label wait of 30 s, and clicks after 100 s at the latest.
+    traffic = Traffic(RENEWED, 5, 12 * BATCH)
+    policy = ABLATIONS["waits-for-the-window"].load()(traffic.facts(), 0)
+    told: list[Labels] = []
+    waits = policy.learn
+
+    def tell(labels: Labels) -> None:
+        told.append(labels)
+        waits(labels)
+
+    monkeypatch.setattr(policy, "learn", tell)
+    play_policy(policy, traffic)
+    known, all_told = Labels.concat(learned), Labels.concat(told)
+    assert len(set(known.number.tolist())) == len(known) > 4 * BATCH
+    assert set(known.kind.tolist()) == {FINAL}
+    positive = set(all_told.number[all_told.label > 0].tolist())
+    assert [number in positive for number in known.number.tolist()] == (known.label > 0).tolist()
+    assert known.label.mean() > all_told.label[all_told.kind != LATE_POSITIVE].mean()
 
 
 def test_the_tree_refuses_many_products() -> None:

@@ -315,3 +315,16 @@ def test_snapshot_that_is_not_finite_is_never_made() -> None:
     learner.generator.weights["slot"][0, 0] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
         snapshot_of(learner)
+
+
+def test_learner_that_knows_no_name_yet_has_a_policy_all_the_same() -> None:
+    learner = OnlineLearner(LearnerSettings(num_draws=4, features=FeatureLimits(min_seen=1_000)))
+    batch = batches(1, 50)[0]
+    report = learner.update(batch)
+    assert report.num_learned == 50
+    spec = learner.features.freeze()
+    assert not (spec.products or spec.elements or spec.slots)
+    assert snapshot_of(learner).blob
+    request = DecisionRequest(product_id="p0", context={}, candidates={"title": ["a", "b"]}, seed=3)
+    (choice,) = learner.policy().choose([request])
+    assert 0 < choice.propensity < 1

@@ -66,6 +66,8 @@ ABLATIONS: Final[dict[str, Entry]] = {
     "no-generator": Entry("ablations", "NoGenerator"),
     "raw-generator": Entry("ablations", "RawGenerator"),
     "creative-credit": Entry("ablations", "CreativeCredit"),
+    "labels-as-they-come": Entry("ablations", "LabelsAsTheyCome", worlds=("delays",)),
+    "waits-for-the-window": Entry("ablations", "WaitsForTheWindow", worlds=("delays",)),
 }
 """Ours without one of its parts each."""
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 
-from benchmarks.regret.policies.base import CatalogNow, Facts
+from benchmarks.regret.policies.base import FINAL, LATE_POSITIVE, CatalogNow, Facts, Labels
 from benchmarks.regret.policies.genco import Genco
 from learner.change_test import ChangeSettings
 from learner.core import CoreSettings, PriorScales
@@ -23,6 +23,8 @@ from serving.policy import Policy
 from serving.search import IntArray, Problem
 
 NOTHING: Final = 1e-6
+WINDOW_MS: Final = 540_000
+"""The window of the world `delays` without its label wait."""
 
 
 class _Ablation(Genco):
@@ -116,3 +118,38 @@ class RawGenerator(Genco):
     def make_learner(self, seed: int) -> OnlineLearner:
         """Return a learner whose policy does not refine."""
         return _RawLearner(LearnerSettings(seed=seed, proposals=32))
+
+
+class _PlainLearner(OnlineLearner):
+    @property
+    def late_share(self) -> float:
+        return 0.0
+
+
+class LabelsAsTheyCome(Genco):
+    """Provisional negatives count like final ones."""
+
+    def make_learner(self, seed: int) -> OnlineLearner:
+        """Return a learner that corrects no weight."""
+        return _PlainLearner(LearnerSettings(seed=seed))
+
+
+class WaitsForTheWindow(Genco):
+    """Nothing is learned before the attribution window is over; then every label is final."""
+
+    def __init__(self, facts: Facts, seed: int) -> None:
+        super().__init__(facts, seed)
+        self._waiting: Labels | None = None
+
+    def learn(self, labels: Labels) -> None:
+        """Keep the labels; learn those whose window is over."""
+        is_late = labels.kind == LATE_POSITIVE
+        fresh = labels.take(np.flatnonzero(~is_late))
+        known = fresh if self._waiting is None else Labels.concat([self._waiting, fresh])
+        clicked = np.isin(known.number, labels.number[is_late])
+        label = np.where(clicked, 1, known.label)
+        known = replace(known, label=label, kind=np.full(len(known), FINAL))
+        now_ms = fresh.occurred_ms.max(initial=0)
+        is_over = known.occurred_ms <= now_ms - WINDOW_MS
+        self._waiting = known.take(np.flatnonzero(~is_over))
+        super().learn(known.take(np.flatnonzero(is_over)))
