@@ -216,7 +216,7 @@ class OnlineLearner:
     def metrics(self) -> dict[str, float]:
         """Return the state of learning: progressive validation, memories, generator."""
         weights = self.reward_model.memory_weights
-        forgetting = self.settings.reward_model.memories
+        memories = self.settings.reward_model.memories
         return {
             **sum(self._validation, start=Validation()).metrics(),
             "late_share": self.late_share,
@@ -227,7 +227,10 @@ class OnlineLearner:
             "changes": float(self.reward_model.change.num_changes),
             "change_evidence": self.reward_model.change.evidence,
             "num_jittered": float(self.reward_model.num_jittered),
-            **{f"memory_weight_{f:g}": w for f, w in zip(forgetting, weights, strict=True)},
+            **{
+                f"memory_weight_{memory.forget:g}_{memory.pair_width:g}": weight
+                for memory, weight in zip(memories, weights, strict=True)
+            },
             **self._metrics,
         }
 

@@ -8,6 +8,9 @@ probability, w = p (1 - p), v = sum of x^2 times variance, s the example's weigh
 
     mean <- mean + variance x s (y - p) / (1 + s w v),    variance <- variance - (variance x)^2 s w / (1 + s w v)
 
+Memories differ in what they expect of pairs, besides in what they forget: where content tells little of how elements
+go together, the memory with wide priors predicts best, elsewhere it would only learn noise.
+
 What a memory forgets moves variances towards the prior by f and means to zero by f / 2 for each 1,000 examples. A row
 is moved when it is touched next, so an update costs what its examples touch, however many products there are.
 
@@ -35,6 +38,23 @@ IntArray = NDArray[np.int64]
 
 TABLES = ("product", "element", "pair")
 _HALF = 32  # bits of an element's index in the code of a pair
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """One way to remember: each memory sees every example and keeps effects of its own."""
+
+    forget: float = 0.0
+    """What it forgets for each 1,000 examples, in [0, 1)."""
+    pair_width: float = 1.0
+    """Factor on the prior standard deviation of the effects of pairs of elements."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be learned with."""
+        if not (0.0 <= self.forget < 1.0 and self.pair_width > 0.0):
+            raise ValueError(
+                f"memory forgets {self.forget} with pair_width {self.pair_width}; must be in [0, 1) and > 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,17 +145,22 @@ class Touched:
 class DiagonalRest:
     """The tables of all memories."""
 
-    def __init__(self, memories: tuple[float, ...], settings: RestSettings) -> None:
+    def __init__(self, memories: tuple[Memory, ...], settings: RestSettings) -> None:
         self.settings = settings
-        self._memories = np.array(memories)
+        self._forget_K1 = np.array([[memory.forget] for memory in memories])
+        self._pair_width_K = np.array([memory.pair_width for memory in memories])
         self._tables = {name: self._empty(name, 0, 1) for name in TABLES}
         # Code of a pair, see `_codes`, -> its row.
         self._pair_rows: dict[int, int] = {}
 
     def _empty(self, name: str, rows: int, width: int) -> _Table:
-        shape = (len(self._memories), rows, width)
-        prior = np.broadcast_to(self.settings.prior(name, width), shape)
-        return _Table(np.zeros(shape), prior.copy(), np.zeros(rows))
+        shape = (len(self._pair_width_K), rows, width)
+        return _Table(np.zeros(shape), np.broadcast_to(self._prior(name, width), shape).copy(), np.zeros(rows))
+
+    def _prior(self, name: str, width: int) -> FloatArray:
+        """Return the prior variances of a row, (K, 1, width)."""
+        factor_K = self._pair_width_K**2 if name == "pair" else np.ones(len(self._pair_width_K))
+        return factor_K[:, None, None] * self.settings.prior(name, width)
 
     def grow(self, *, products: int, elements: int, context: int) -> None:
         """Make room for new names; they start at their prior."""
@@ -161,7 +186,7 @@ class DiagonalRest:
         """Bring rows of a table back to their prior: their names are gone, others take the places."""
         table = self._tables[name]
         table.mean[:, rows] = 0.0
-        table.variance[:, rows] = self.settings.prior(name, table.mean.shape[2])
+        table.variance[:, rows] = self._prior(name, table.mean.shape[2])
         table.moved[rows] = 0.0
         if name == "element":
             stale_R = np.isin(self.pairs, rows).any(1)
@@ -172,7 +197,7 @@ class DiagonalRest:
         """Forget a share of what is known of elements and pairs, in every memory."""
         for name in ("element", "pair"):
             table = self._tables[name]
-            prior = self.settings.prior(name, table.mean.shape[2])
+            prior = self._prior(name, table.mean.shape[2])
             table.mean *= 1.0 - share / 2
             table.variance += share * (prior - table.variance)
 
@@ -181,7 +206,7 @@ class DiagonalRest:
         for name in ("product", "element"):
             table = self._tables[name]
             table.mean[:, :, 1 + columns] = 0.0
-            table.variance[:, :, 1 + columns] = self.settings.prior(name, table.mean.shape[2])[1 + columns]
+            table.variance[:, :, 1 + columns] = self._prior(name, table.mean.shape[2])[..., 1 + columns]
 
     def touch(self, rows: Rows, now: int) -> Touched:
         """Return the rows of a batch after `now` learned examples; pairs that have none yet come with their prior."""
@@ -207,14 +232,14 @@ class DiagonalRest:
         """Return means and variances (K, U, width) of rows as they are now; row -1 is a new one."""
         table = self._tables[name]
         num_memories, _, width = table.mean.shape
-        prior = self.settings.prior(name, width)
+        prior = self._prior(name, width)
         if not table.mean.shape[1]:
             shape = (num_memories, len(rows), width)
             return np.zeros(shape), np.broadcast_to(prior, shape).copy()
         age_U = (now - table.moved[rows]) / 1000.0
         is_new_U = (rows < 0)[:, None]
-        kept_KU1 = ((1.0 - self._memories[:, None]) ** age_U)[..., None]
-        halved_KU1 = ((1.0 - self._memories[:, None] / 2) ** age_U)[..., None]
+        kept_KU1 = ((1.0 - self._forget_K1) ** age_U)[..., None]
+        halved_KU1 = ((1.0 - self._forget_K1 / 2) ** age_U)[..., None]
         mean = np.where(is_new_U, 0.0, table.mean[:, rows] * halved_KU1)
         variance = np.where(is_new_U, prior, prior + (table.variance[:, rows] - prior) * kept_KU1)
         return mean, variance

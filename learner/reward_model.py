@@ -9,8 +9,8 @@ Multi-instance: the creative is the bag, its elements are the instances, and one
 
 The core holds what generalizes and has a full covariance, the rest holds what is particular and has variances only, the
 traits correct the content that the core sees. The product's appeal stands apart, so that the creative's part is uplift
-and not popularity. Several memories, which forget at different rates, see every example; their weights follow their
-prequential log loss. The served mean is their weighted mean.
+and not popularity. Several memories, which differ in what they forget and in what they expect of pairs, see every
+example; their weights follow their prequential log loss. The served mean is their weighted mean.
 
 When creatives no longer earn what they are said to, the world has changed, and what is known of tastes is widened
 (`learner.change_test`).
@@ -41,7 +41,7 @@ from torch import Tensor
 from learner.change_test import ChangeSettings, ChangeTest
 from learner.core import Core, CoreSettings, Posterior
 from learner.design import Layout, Rows, design
-from learner.rest import DiagonalRest, RestSettings, Touched
+from learner.rest import DiagonalRest, Memory, RestSettings, Touched
 from learner.traits import Traits
 from learner.workers import ALONE, Workers
 from streams.contracts.growing import Freed
@@ -57,8 +57,7 @@ SETTLED = 0.02
 class RewardModelSettings:
     """Settings of the reward model; every rate is per 1,000 examples."""
 
-    memories: tuple[float, ...] = (0.0, 0.01)
-    """What each memory forgets, in [0, 1)."""
+    memories: tuple[Memory, ...] = (Memory(), Memory(forget=0.01), Memory(pair_width=3.0))
     thompson_scale: float = 0.2
     """Spread of the posterior draws in posterior standard deviations."""
     weight_rate: float = 0.5
@@ -77,8 +76,8 @@ class RewardModelSettings:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be learned with."""
-        if not self.memories or not all(0.0 <= f < 1.0 for f in self.memories):
-            raise ValueError(f"memories are {self.memories}; expected at least one, each in [0, 1)")
+        if not self.memories:
+            raise ValueError("there are no memories; expected at least one")
         if not 0.0 <= self.weight_share < 1.0:
             raise ValueError(f"weight_share is {self.weight_share}; must be in [0, 1)")
 
@@ -258,7 +257,7 @@ class RewardModel:
         self, x_ND: Tensor, logit_NK: Tensor, rest_NK: Tensor, label_N: Tensor, weight_N: Tensor
     ) -> tuple[Posterior, Tensor]:
         """Return the core's posterior after the batch and the whole logits (N, K) that it gives."""
-        keep = [(1.0 - f) ** (len(x_ND) / 1000.0) for f in self.settings.memories]
+        keep = [(1.0 - f) ** (len(x_ND) / 1000.0) for f in (memory.forget for memory in self.settings.memories)]
         if self.num_examples == 0:
             # Far from the prior a first step would overshoot: begin at the click rate of the batch.
             prior = torch.sigmoid(torch.tensor(self.settings.core.bias_mean, dtype=torch.float64))

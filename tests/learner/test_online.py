@@ -323,7 +323,7 @@ def test_learner_that_knows_no_name_yet_has_a_policy_all_the_same() -> None:
     report = learner.update(batch)
     assert report.num_learned == 50
     spec = learner.features.freeze()
-    assert not (spec.products or spec.elements or spec.slots)
+    assert (spec.products, spec.elements, spec.slots) == ((), (), ())
     assert snapshot_of(learner).blob
     request = DecisionRequest(product_id="p0", context={}, candidates={"title": ["a", "b"]}, seed=3)
     (choice,) = learner.policy().choose([request])

@@ -8,7 +8,7 @@ import torch
 
 from learner.core import CoreSettings
 from learner.design import Rows
-from learner.rest import RestSettings
+from learner.rest import Memory, RestSettings
 from learner.reward_model import RewardModel, RewardModelSettings, provisional_weight
 from streams.contracts.growing import Freed
 
@@ -42,7 +42,7 @@ def learned(num_batches: int, n: int = 200, **settings: object) -> RewardModel:
 class Reference:
     """The formulas of the modules, in double precision, example by example, without any of their short cuts."""
 
-    def __init__(self, memories: tuple[float, ...], n: int, warm: int, every: int) -> None:
+    def __init__(self, memories: tuple[Memory, ...], n: int, warm: int, every: int) -> None:
         self.memories, self.n, self.warm, self.every = memories, n, warm, every
         K, S, F, C = len(memories), SLOTS, CONTENT, CONTEXT
         sizes = {"bias": 1, "context": C, "content": S * F, "content_context": S * F * C, "content_pair": F * F}
@@ -56,13 +56,13 @@ class Reference:
         self.theta, self.H, self.g = np.tile(self.m0, (K, 1)), np.zeros((K, D, D)), np.zeros((K, D))
         self.weight, self.seen, self.due = np.full(K, 1 / K), 0, every
         self.prior = {
-            "product": np.array([0.7**2] + [0.2**2] * C),
-            "element": np.array([0.08**2] + [0.03**2] * C),
-            "pair": np.array([0.03**2]),
+            "product": np.tile([0.7**2] + [0.2**2] * C, (K, 1, 1)),
+            "element": np.tile([0.08**2] + [0.03**2] * C, (K, 1, 1)),
+            "pair": np.array([[[(0.03 * memory.pair_width) ** 2]] for memory in memories]),
         }
         rows = {"product": PRODUCTS, "element": ELEMENTS, "pair": ELEMENTS**2}
-        self.mean = {t: np.zeros((K, rows[t], len(v))) for t, v in self.prior.items()}
-        self.var = {t: np.tile(v, (K, rows[t], 1)) for t, v in self.prior.items()}
+        self.mean = {t: np.zeros((K, rows[t], v.shape[2])) for t, v in self.prior.items()}
+        self.var = {t: np.tile(v, (1, rows[t], 1)) for t, v in self.prior.items()}
         self.d, self.V = np.zeros((ELEMENTS, F)), np.tile(np.eye(F) * 0.3**2, (ELEMENTS, 1, 1))
 
     def x(self, context: np.ndarray, chosen: np.ndarray) -> np.ndarray:
@@ -82,7 +82,7 @@ class Reference:
         product, context = rows.product.numpy(), rows.context.double().numpy()
         chosen, y, K = rows.chosen.numpy(), label.numpy(), len(self.memories)
         sigmoid = lambda v: 1 / (1 + np.exp(-v))  # noqa: E731
-        keep = [(1 - f) ** (self.n / 1000) for f in self.memories]
+        keep = [(1 - memory.forget) ** (self.n / 1000) for memory in self.memories]
         X = np.stack([self.x(c, e) for c, e in zip(context, chosen, strict=True)])
         terms = [self.particular(int(p), c, e) for p, c, e in zip(product, context, chosen, strict=True)]
         rest = np.array([[self.rest(k, term) for k in range(K)] for term in terms])
@@ -125,10 +125,10 @@ class Reference:
         if self.seen >= self.warm:
             served = (core + np.array([[self.rest(k, term) for k in range(K)] for term in terms])) @ self.weight
             self.learn_traits(served, context, chosen, y)
-        for k, f in enumerate(self.memories):
+        for k, f in enumerate(memory.forget for memory in self.memories):
             for t in self.prior:
                 self.mean[t][k] *= (1 - f / 2) ** (self.n / 1000)
-                self.var[t][k] = self.prior[t] + (self.var[t][k] - self.prior[t]) * (1 - f) ** (self.n / 1000)
+                self.var[t][k] = self.prior[t][k] + (self.var[t][k] - self.prior[t][k]) * (1 - f) ** (self.n / 1000)
 
     def learn_variances(self) -> None:
         for k in range(len(self.memories)):
@@ -158,7 +158,7 @@ class Reference:
 
 
 def test_everything_learned_equals_the_formulas() -> None:
-    memories, n = (0.0, 0.05), 200
+    memories, n = (Memory(), Memory(forget=0.05), Memory(pair_width=4.0)), 200
     settings = {"memories": memories, "warm_examples": 1_000, "variance_every": 1_000}
     model = learned(12, n, **settings)
     reference = Reference(memories, n, warm=1_000, every=1_000)
@@ -183,7 +183,7 @@ def test_everything_learned_equals_the_formulas() -> None:
 
 
 def test_draws_of_the_core_have_the_posterior_covariance() -> None:
-    model = learned(5, memories=(0.0,))
+    model = learned(5, memories=(Memory(),))
     draws_MD = model._core_draws(4_000, torch.Generator().manual_seed(0)).double()
     precision_DD = model.core._H_KDD[0].double() + torch.diag(model.core._precision(0))
     covariance_DD = torch.linalg.inv(precision_DD) * model.settings.thompson_scale**2
@@ -293,7 +293,7 @@ def test_predictions_are_calibrated_from_the_first_batches_at_any_click_rate(rat
 
 
 def test_weight_zero_teaches_nothing() -> None:
-    model = learned(3, memories=(0.0,))
+    model = learned(3, memories=(Memory(),))
     rows, label_N = batch(np.random.default_rng(5), 100)
     before = model.predict(rows)
     model.learn(rows, label_N, torch.zeros(100))
@@ -304,7 +304,7 @@ def test_core_without_learned_variances_keeps_those_it_began_with() -> None:
     moved = learned(5, variance_every=200)
     kept = learned(5, variance_every=200, core=CoreSettings(learn_variances=False))
     start = kept.core._starting_variance()
-    torch.testing.assert_close(kept.core._variance_KG, start.repeat(2, 1))
+    torch.testing.assert_close(kept.core._variance_KG, start.repeat(3, 1))
     assert not torch.allclose(moved.core._variance_KG, start)
 
 

@@ -61,6 +61,7 @@ ABLATIONS: Final[dict[str, Entry]] = {
     "no-appeal": Entry("ablations", "NoAppeal"),
     "fixed-variances": Entry("ablations", "FixedVariances"),
     "one-memory": Entry("ablations", "OneMemory"),
+    "same-pairs": Entry("ablations", "SamePairs"),
     "no-change-test": Entry("ablations", "NoChangeTest"),
     "no-content": Entry("ablations", "NoContent"),
     "no-generator": Entry("ablations", "NoGenerator"),

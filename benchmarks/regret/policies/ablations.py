@@ -17,7 +17,7 @@ from learner.change_test import ChangeSettings
 from learner.core import CoreSettings, PriorScales
 from learner.generator import GeneratorSettings
 from learner.online import LearnerSettings, OnlineLearner
-from learner.rest import RestSettings
+from learner.rest import Memory, RestSettings
 from learner.reward_model import RewardModelSettings
 from serving.policy import Policy
 from serving.search import IntArray, Problem
@@ -69,8 +69,12 @@ class FixedVariances(_Model, core=CoreSettings(learn_variances=False)):
     """Prior variances stay where they start."""
 
 
-class OneMemory(_Model, memories=(0.0,)):
+class OneMemory(_Model, memories=(Memory(),)):
     """The memory that forgets nothing, alone."""
+
+
+class SamePairs(_Model, memories=(Memory(), Memory(forget=0.01))):
+    """No memory expects more of pairs than the others."""
 
 
 class NoChangeTest(_Model, change=ChangeSettings(threshold=math.inf)):
