@@ -15,10 +15,13 @@ a batch of n examples.
 Prior variances are learned for each group of n coefficients (one EM step of the marginal likelihood, v0 the starting
 variance): v = (sum theta^2 + sum Sigma_ii + a v0) / (n + a), a = max(4, n / 10).
 
+Memories that forget at the same rate have the same H; with the same prior variances (theta^2 is their mean) they share
+one covariance, and differ in g alone.
+
 H and g are sums over examples, so several workers add theirs (`Sum`). Everything is matrix products and one Cholesky
 factorization a memory, on whatever device the tensors are.
 
-Shapes: N examples, K memories, D coefficients, M draws.
+Shapes: N examples, K memories, J rates of forgetting, D coefficients, M draws.
 
 References:
     Bishop (2006), Pattern Recognition and Machine Learning, 3.5 and 4.5 (evidence, Laplace).
@@ -70,30 +73,40 @@ class Posterior:
     """A posterior that a batch led to, not taken over yet."""
 
     statistics: list[Tensor]
-    """H of each memory."""
+    """H of each rate of forgetting."""
     push: Tensor
     """g, (K, D)."""
     theta: Tensor
     """(K, D)"""
     factor: list[Tensor]
-    """Cholesky factor of each memory's precision."""
+    """Cholesky factor of each rate's precision."""
 
 
 class Core:
     """Sums, means and covariances of all memories."""
 
-    def __init__(self, num_memories: int, settings: CoreSettings, device: torch.device) -> None:
+    def __init__(self, forget: Sequence[float], settings: CoreSettings, device: torch.device) -> None:
+        """Begin at the prior.
+
+        Args:
+            forget: What each memory forgets for each 1,000 examples.
+            settings: Prior and size.
+            device: Where everything is kept.
+        """
+        rates = list(dict.fromkeys(forget))
+        self._rate_K = [rates.index(f) for f in forget]
+        num_memories, num_rates = len(forget), len(rates)
         self.settings = settings
         self.device = device
         self.layout = Layout()
         self.num_jittered = 0
         """Factorizations so far that needed jitter or double precision."""
         self.theta_KD = torch.zeros(num_memories, 0, dtype=torch.float64, device=device)
-        self._H_KDD = torch.zeros(num_memories, 0, 0, device=device)
+        self._H_JDD = torch.zeros(num_rates, 0, 0, device=device)
         self._g_KD = torch.zeros(num_memories, 0, dtype=torch.float64, device=device)
-        # Prior variance of each learned group, one row a memory.
-        self._variance_KG = self._starting_variance().repeat(num_memories, 1)
-        self._factor: list[Tensor | None] = [None] * num_memories
+        # Prior variance of each learned group.
+        self._variance_JG = self._starting_variance().repeat(num_rates, 1)
+        self._factor: list[Tensor | None] = [None] * num_rates
         self.grow(Layout())
 
     def _starting_variance(self) -> Tensor:
@@ -109,28 +122,28 @@ class Core:
         if layout == self.layout and self._g_KD.shape[1]:
             return
         num_memories, size = len(self.theta_KD), layout.size
-        H_KDD = torch.zeros(num_memories, size, size, device=self.device)
+        H_JDD = torch.zeros(len(self._H_JDD), size, size, device=self.device)
         g_KD = torch.zeros(num_memories, size, dtype=torch.float64, device=self.device)
         theta_KD = self._prior_mean(layout).repeat(num_memories, 1)
         if self._g_KD.shape[1]:
             old = layout.old_columns(self.layout).to(self.device)
-            H_KDD[:, old[:, None], old[None, :]] = self._H_KDD
+            H_JDD[:, old[:, None], old[None, :]] = self._H_JDD
             g_KD[:, old] = self._g_KD
             # A coefficient without data stays at its prior mean, and moves no other.
             theta_KD[:, old] = self.theta_KD
-        self.layout, self._H_KDD, self._g_KD, self.theta_KD = layout, H_KDD, g_KD, theta_KD
-        self._factor = [None] * num_memories
+        self.layout, self._H_JDD, self._g_KD, self.theta_KD = layout, H_JDD, g_KD, theta_KD
+        self._factor = [None] * len(H_JDD)
 
     def _prior_mean(self, layout: Layout) -> Tensor:
         mean_D = torch.zeros(layout.size, dtype=torch.float64, device=self.device)
         mean_D[0] = self.settings.bias_mean
         return mean_D
 
-    def _precision(self, k: int) -> Tensor:
+    def _precision(self, j: int) -> Tensor:
         parts = []
         for name, shape in self.layout.shapes.items():
             if name in LEARNED:
-                variance = float(self._variance_KG[k, LEARNED.index(name)])
+                variance = float(self._variance_JG[j, LEARNED.index(name)])
             else:
                 variance = getattr(self.settings.scales, name) ** 2
             parts.append(torch.full((torch.Size(shape).numel(),), 1.0 / variance, dtype=torch.float64))
@@ -174,26 +187,28 @@ class Core:
         gram = add(scaled_ND.T @ scaled_ND)
         response_NK = slope_N[:, None] * (logit_NK - rest_NK) + label_N[:, None] - torch.sigmoid(logit_NK)
         push_KD = add((x_ND.T @ (weight_N[:, None] * response_NK).float()).double().T.contiguous())
-        H = [self._H_KDD[k] * keep[k] + gram for k in range(len(keep))]
+        H = [H_DD * keep[self._rate_K.index(j)] + gram for j, H_DD in enumerate(self._H_JDD)]
         g_KD = self._g_KD * torch.tensor(keep, dtype=torch.float64, device=self.device)[:, None] + push_KD
-        solved = [self._solve(k, H[k], g_KD[k]) for k in range(len(keep))]
-        theta_KD = torch.stack([theta for theta, _ in solved])
+        theta_KD, factors = self._solve(H, g_KD)
         if not torch.isfinite(theta_KD).all():
             raise FloatingPointError(f"{len(x_ND)} examples gave coefficients that are not finite; nothing learned")
-        return Posterior(H, g_KD, theta_KD, [factor for _, factor in solved])
+        return Posterior(H, g_KD, theta_KD, factors)
 
     def take(self, posterior: Posterior) -> None:
         """Take over a posterior."""
-        self._H_KDD, self._g_KD, self.theta_KD = torch.stack(posterior.statistics), posterior.push, posterior.theta
+        self._H_JDD, self._g_KD, self.theta_KD = torch.stack(posterior.statistics), posterior.push, posterior.theta
         self._factor = list(posterior.factor)
 
-    def _solve(self, k: int, H_DD: Tensor, g_D: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the posterior mean and the Cholesky factor of the posterior precision."""
+    def _solve(self, H: Sequence[Tensor], g_KD: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the posterior means (K, D) and the Cholesky factors of the posterior precisions, one a rate."""
+        precisions = [self._precision(j) for j in range(len(H))]
+        factors = [self._cholesky(H_DD, precision_D) for H_DD, precision_D in zip(H, precisions, strict=True)]
+        prior_mean_D, means = self._prior_mean(self.layout), []
+        for g_D, j in zip(g_KD, self._rate_K, strict=True):
+            b_D = (g_D + precisions[j] * prior_mean_D).to(factors[j].dtype)
+            means.append(torch.cholesky_solve(b_D[:, None], factors[j])[:, 0].double())
         # The factor is kept row by row, as a checkpoint holds it: with LAPACK's columns a draw rounds differently.
-        precision_D = self._precision(k)
-        factor = self._cholesky(H_DD, precision_D)
-        b_D = (g_D + precision_D * self._prior_mean(self.layout)).to(factor.dtype)
-        return torch.cholesky_solve(b_D[:, None], factor)[:, 0].double(), factor.float().contiguous()
+        return torch.stack(means), [factor.float().contiguous() for factor in factors]
 
     def _cholesky(self, H_DD: Tensor, precision_D: Tensor) -> Tensor:
         """Factor prior plus statistics: single precision, then jitter, then double precision with more of it."""
@@ -222,21 +237,21 @@ class Core:
         if not self.settings.learn_variances:
             return
         start_G = self._starting_variance()
-        for k in range(len(self.theta_KD)):
-            variance_D = torch.cholesky_inverse(self.factor(k)).diagonal().double()
+        for j in range(len(self._variance_JG)):
+            variance_D = torch.cholesky_inverse(self.factor(j)).diagonal().double()
+            square_D = (self.theta_KD[[k for k, rate in enumerate(self._rate_K) if rate == j]] ** 2).mean(0)
             for i, name in enumerate(LEARNED):
                 columns = self.layout.columns[name].flatten().to(self.device)
                 if len(columns):
                     a = max(4.0, 0.1 * len(columns))
-                    squares = (self.theta_KD[k, columns] ** 2 + variance_D[columns]).sum()
-                    self._variance_KG[k, i] = (squares + a * start_G[i]) / (len(columns) + a)
+                    squares = (square_D[columns] + variance_D[columns]).sum()
+                    self._variance_JG[j, i] = (squares + a * start_G[i]) / (len(columns) + a)
 
     def widen(self, share: float) -> None:
         """Forget a share of all that the examples told, in every memory."""
-        self._H_KDD, self._g_KD = self._H_KDD * (1.0 - share), self._g_KD * (1.0 - share)
-        solved = [self._solve(k, H_DD, g_D) for k, (H_DD, g_D) in enumerate(zip(self._H_KDD, self._g_KD, strict=True))]
-        self.theta_KD = torch.stack([theta for theta, _ in solved])
-        self._factor = [factor for _, factor in solved]
+        self._H_JDD, self._g_KD = self._H_JDD * (1.0 - share), self._g_KD * (1.0 - share)
+        self.theta_KD, factors = self._solve(list(self._H_JDD), self._g_KD)
+        self._factor = list(factors)
 
     def reset(self, *, slots: Sequence[int], context: Sequence[int]) -> None:
         """Bring all coefficients of slots and context columns back to the prior: their names are gone."""
@@ -246,20 +261,21 @@ class Core:
         first, second = slot_pairs(self.layout.slots)
         pairs = [q for q, pair in enumerate(zip(first, second, strict=True)) if set(pair) & set(slots)]
         gone.append(columns["content_pair"][pairs])
-        gone_J = torch.tensor(sorted({j for index in gone for j in index.flatten().tolist()}), device=self.device)
+        gone_X = torch.tensor(sorted({j for index in gone for j in index.flatten().tolist()}), device=self.device)
         # The others keep their means: what is gone is held at its own.
-        self._g_KD -= torch.einsum("kdj,kj->kd", self._H_KDD[:, :, gone_J].double(), self.theta_KD[:, gone_J])
-        self._H_KDD[:, gone_J, :] = 0.0
-        self._H_KDD[:, :, gone_J] = 0.0
-        self._g_KD[:, gone_J] = 0.0
-        self.theta_KD[:, gone_J] = 0.0
+        H_KDX = self._H_JDD[self._rate_K][:, :, gone_X].double()
+        self._g_KD -= torch.einsum("kdx,kx->kd", H_KDX, self.theta_KD[:, gone_X])
+        self._H_JDD[:, gone_X, :] = 0.0
+        self._H_JDD[:, :, gone_X] = 0.0
+        self._g_KD[:, gone_X] = 0.0
+        self.theta_KD[:, gone_X] = 0.0
         self._factor = [None] * len(self._factor)
 
-    def factor(self, k: int) -> Tensor:
-        """Return the lower Cholesky factor of memory k's posterior precision, (D, D)."""
-        factor = self._factor[k]
+    def factor(self, j: int) -> Tensor:
+        """Return the lower Cholesky factor of the posterior precision at rate j, (D, D)."""
+        factor = self._factor[j]
         if factor is None:
-            factor = self._factor[k] = self._cholesky(self._H_KDD[k], self._precision(k)).float().contiguous()
+            factor = self._factor[j] = self._cholesky(self._H_JDD[j], self._precision(j)).float().contiguous()
         return factor
 
     def noise(self, memory_M: Tensor, normal_DM: Tensor) -> Tensor:
@@ -270,21 +286,22 @@ class Core:
             normal_DM: Standard normal numbers.
         """
         out_MD = torch.empty(len(memory_M), self.layout.size, device=self.device)
-        for k in range(len(self.theta_KD)):
-            of_M = memory_M == k
+        rate_M = torch.tensor(self._rate_K, device=self.device)[memory_M]
+        for j in range(len(self._H_JDD)):
+            of_M = rate_M == j
             if of_M.any():
-                out_MD[of_M] = torch.linalg.solve_triangular(self.factor(k).T, normal_DM[:, of_M], upper=True).T
+                out_MD[of_M] = torch.linalg.solve_triangular(self.factor(j).T, normal_DM[:, of_M], upper=True).T
         return out_MD
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything learned, for a checkpoint."""
         return {
-            "statistics": self._H_KDD,
+            "statistics": self._H_JDD,
             "pushes": self._g_KD,
             "theta": self.theta_KD,
-            "variances": self._variance_KG,
+            "variances": self._variance_JG,
             # The factor cannot be computed again from the rest: the prior variances may have moved since.
-            **{f"factor.{k}": factor for k, factor in enumerate(self._factor) if factor is not None},
+            **{f"factor.{j}": factor for j, factor in enumerate(self._factor) if factor is not None},
         }
 
     def state(self) -> dict[str, Any]:
@@ -300,6 +317,6 @@ class Core:
         self.layout = Layout(*state["layout"])
         self.num_jittered = state["num_jittered"]
         on = {name: tensor.to(self.device) for name, tensor in tensors.items()}
-        self._H_KDD, self._g_KD, self.theta_KD = on["statistics"], on["pushes"], on["theta"]
-        self._variance_KG = on["variances"]
-        self._factor = [on.get(f"factor.{k}") for k in range(len(self.theta_KD))]
+        self._H_JDD, self._g_KD, self.theta_KD = on["statistics"], on["pushes"], on["theta"]
+        self._variance_JG = on["variances"]
+        self._factor = [on.get(f"factor.{j}") for j in range(len(self._H_JDD))]

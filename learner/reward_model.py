@@ -129,7 +129,7 @@ class RewardModel:
         self.settings = settings = settings or RewardModelSettings()
         self.device = torch.device(device)
         self.num_examples = 0
-        self.core = Core(len(settings.memories), settings.core, self.device)
+        self.core = Core([memory.forget for memory in settings.memories], settings.core, self.device)
         self.rest = DiagonalRest(settings.memories, settings.rest)
         self.traits = Traits(settings.trait_scale)
         self.change = ChangeTest(settings.change)

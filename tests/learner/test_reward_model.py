@@ -137,7 +137,8 @@ class Reference:
                 c = self.group[name]
                 n = c.stop - c.start
                 a = max(4.0, 0.1 * n)
-                squares = (self.theta[k, c] ** 2 + posterior[c]).sum()
+                alike = [j for j, other in enumerate(self.memories) if other.forget == self.memories[k].forget]
+                squares = ((self.theta[alike][:, c] ** 2).mean(0) + posterior[c]).sum()
                 self.precision[k, c] = (n + a) / (squares + a * self.sd[name] ** 2)
 
     def learn_traits(self, logit: np.ndarray, context: np.ndarray, chosen: np.ndarray, y: np.ndarray) -> None:
@@ -185,7 +186,7 @@ def test_everything_learned_equals_the_formulas() -> None:
 def test_draws_of_the_core_have_the_posterior_covariance() -> None:
     model = learned(5, memories=(Memory(),))
     draws_MD = model._core_draws(4_000, torch.Generator().manual_seed(0)).double()
-    precision_DD = model.core._H_KDD[0].double() + torch.diag(model.core._precision(0))
+    precision_DD = model.core._H_JDD[0].double() + torch.diag(model.core._precision(0))
     covariance_DD = torch.linalg.inv(precision_DD) * model.settings.thompson_scale**2
     error_MD = draws_MD - model._core_mean()
     # Mahalanobis distances of D-dimensional normals: mean D, here within 4 % (their mean has deviation .4 %).
@@ -304,8 +305,8 @@ def test_core_without_learned_variances_keeps_those_it_began_with() -> None:
     moved = learned(5, variance_every=200)
     kept = learned(5, variance_every=200, core=CoreSettings(learn_variances=False))
     start = kept.core._starting_variance()
-    torch.testing.assert_close(kept.core._variance_KG, start.repeat(3, 1))
-    assert not torch.allclose(moved.core._variance_KG, start)
+    torch.testing.assert_close(kept.core._variance_JG, start.repeat(2, 1))
+    assert not torch.allclose(moved.core._variance_JG, start)
 
 
 def test_extreme_rows_are_mended_with_jitter_and_stay_finite() -> None:

@@ -29,7 +29,7 @@ class DiagonalCore(Core):
         old_layout = self.layout
         variance_KD = getattr(self, "variance_KD", None)
         super().grow(layout)
-        grown_KD = torch.stack([1.0 / self._precision(k) for k in range(len(self.theta_KD))])
+        grown_KD = torch.stack([1.0 / self._precision(j) for j in self._rate_K])
         if variance_KD is not None and variance_KD.shape[1]:
             columns = layout.old_columns(old_layout) if layout != old_layout else slice(None)
             grown_KD[:, columns] = variance_KD
@@ -50,7 +50,7 @@ class DiagonalCore(Core):
         """Return the posterior after a batch; see `Core.learned`."""
         means, variances = [], []
         for k, kept in enumerate(keep):
-            prior_D, prior_mean_D = 1.0 / self._precision(k), self._prior_mean(self.layout)
+            prior_D, prior_mean_D = 1.0 / self._precision(self._rate_K[k]), self._prior_mean(self.layout)
             mean_D = prior_mean_D + (self.theta_KD[k] - prior_mean_D) * (1.0 - (1.0 - kept) / 2)
             variance_D = prior_D + (self.variance_KD[k] - prior_D) * kept
             _filter(
@@ -74,7 +74,7 @@ class DiagonalCore(Core):
 
     def widen(self, share: float) -> None:
         """Forget a share of what the examples told."""
-        prior_KD = torch.stack([1.0 / self._precision(k) for k in range(len(self.theta_KD))])
+        prior_KD = torch.stack([1.0 / self._precision(j) for j in self._rate_K])
         prior_mean_D = self._prior_mean(self.layout)
         self.theta_KD = prior_mean_D + (self.theta_KD - prior_mean_D) * (1.0 - share / 2)
         self.variance_KD = prior_KD + (self.variance_KD - prior_KD) * (1.0 - share)
@@ -91,7 +91,9 @@ class Diagonal(Genco):
         """Return a learner with a diagonal core."""
         learner = OnlineLearner(LearnerSettings(seed=seed))
         model = learner.reward_model
-        model.core = DiagonalCore(len(model.settings.memories), model.settings.core, model.device)
+        model.core = DiagonalCore(
+            [memory.forget for memory in model.settings.memories], model.settings.core, model.device
+        )
         return learner
 
 
