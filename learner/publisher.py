@@ -25,6 +25,7 @@ from streams.contracts.control import ControlRecord, RegistryState
 from streams.contracts.registry import (
     CANDIDATE_TTL_S,
     HISTORY_LENGTH,
+    audit_key,
     blob_key,
     blob_prefix,
     candidate_key,
@@ -46,9 +47,10 @@ from streams.telemetry import now_ms
 
 logger = logging.getLogger(__name__)
 
-# KEYS[1] lease, KEYS[2] epoch, KEYS[3] pin, KEYS[4] freeze, KEYS[5] revision, KEYS[6] sequence; ARGV[1] owner,
-# ARGV[2] lease in ms, ARGV[3] smallest epoch allowed - 1, ARGV[4] smallest revision allowed - 1, ARGV[5] '1' if what an
-# empty registry is filled with is known: ARGV[6] pin or '', ARGV[7] '1' if frozen, ARGV[8] sequence.
+# KEYS[1] lease, KEYS[2] epoch, KEYS[3] pin, KEYS[4] freeze, KEYS[5] revision, KEYS[6] sequence, KEYS[7] audit;
+# ARGV[1] owner, ARGV[2] lease in ms, ARGV[3] smallest epoch allowed - 1, ARGV[4] smallest revision allowed - 1,
+# ARGV[5] '1' if what an empty registry is filled with is known: ARGV[6] pin or '', ARGV[7] '1' if frozen,
+# ARGV[8] sequence, ARGV[9] newest audit record or ''.
 # Returns the new epoch, 0 if somebody else holds the lease, or -1 if the registry is empty and nothing is known.
 _ACQUIRE: Final = """
 local holder = redis.call('GET', KEYS[1])
@@ -58,6 +60,7 @@ if redis.call('EXISTS', KEYS[2]) == 0 then
   if ARGV[6] ~= '' then redis.call('SET', KEYS[3], ARGV[6]) end
   if ARGV[7] == '1' then redis.call('SET', KEYS[4], '1') end
   redis.call('SET', KEYS[6], ARGV[8])
+  if ARGV[9] ~= '' then redis.call('LPUSH', KEYS[7], ARGV[9]) end
 end
 local epoch = math.max(tonumber(redis.call('GET', KEYS[2]) or '0'), tonumber(ARGV[3])) + 1
 redis.call('SET', KEYS[2], epoch)
@@ -79,10 +82,10 @@ if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 return redis.call('DEL', KEYS[1])
 """
 
-# KEYS[1] current, KEYS[2] blob, KEYS[3] manifest, KEYS[4] pin, KEYS[5] lease, KEYS[6] history, KEYS[7] freeze,
-# KEYS[8] revision; ARGV[1] epoch, ARGV[2] version, ARGV[3] sha256, ARGV[4] owner, ARGV[5] smallest revision
-# allowed - 1, ARGV[6] channel, ARGV[7] length of the history, ARGV[8] blob, ARGV[9] manifest, ARGV[10] and ARGV[11]
-# what the keys of blobs and manifests begin with. Returns {outcome, revision}.
+# KEYS[1] current, KEYS[2] blob, KEYS[3] manifest, KEYS[4] pin, KEYS[5] lease, KEYS[6] history, KEYS[7] freeze;
+# ARGV[1] epoch, ARGV[2] version, ARGV[3] sha256, ARGV[4] owner, ARGV[5] smallest revision allowed - 1, ARGV[6] channel,
+# ARGV[7] length of the history, ARGV[8] blob, ARGV[9] manifest, ARGV[10] and ARGV[11] what the keys of blobs and
+# manifests begin with. Returns {outcome, revision}.
 # Newer means newer than everything stored, not than the pointer: a rollback leaves the pointer behind, and what it went
 # back from must not come again when the script is sent twice because the answer was lost.
 # What leaves the history is deleted here and not by the caller, who could delete what was pinned just now.
@@ -112,7 +115,7 @@ redis.call('SET', KEYS[3], ARGV[9], 'NX')
 redis.call('LPUSH', KEYS[6], name)
 local revision = 0
 if not hold then
-  revision = math.max(tonumber(now[3] or '0'), tonumber(redis.call('GET', KEYS[8]) or '0'), tonumber(ARGV[5])) + 1
+  revision = math.max(tonumber(now[3] or '0'), tonumber(ARGV[5])) + 1
   redis.call('HSET', KEYS[1], 'epoch', ARGV[1], 'version', ARGV[2], 'sha256', ARGV[3], 'revision', revision)
   redis.call('PUBLISH', ARGV[6], revision)
   current = name
@@ -242,6 +245,7 @@ class Publisher:
                     freeze_key(model),
                     revision_key(model),
                     sequence_key(model),
+                    audit_key(model),
                 ],
                 args=[
                     self._owner,
@@ -252,6 +256,7 @@ class Publisher:
                     state.pin or "",
                     int(state.frozen),
                     state.sequence,
+                    known.audit.model_dump_json() if known is not None and known.audit is not None else "",
                 ],
             )
         )
@@ -303,7 +308,6 @@ class Publisher:
                 lease_key(model),
                 history_key(model),
                 freeze_key(model),
-                revision_key(model),
             ],
             args=[
                 epoch,

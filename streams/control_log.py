@@ -45,16 +45,16 @@ class ControlLog:
                 producer.close(timeout=1)
 
     def newest(self, model_id: str) -> ControlRecord | None:
-        """Return the record that counts for a model, None if there is none; what is no record is logged and left out.
+        """Return the record that counts for a model, None if there is none; what is no record is told and left out.
 
         Raises:
             UnreachableError: If the topic cannot be read to its end.
             ConfigurationError: If there is no such topic.
         """
         with self._answers():
-            return newest(record for record in self._records(model_id.encode()) if record.model_id == model_id)
+            return newest(record for record in self._records() if record.model_id == model_id)
 
-    def _records(self, key: bytes) -> Iterator[ControlRecord]:
+    def _records(self) -> Iterator[ControlRecord]:
         consumer = kafka_consumer(self._settings)
         try:
             (place,) = assign_whole_topic(consumer, CONTROL)
@@ -70,8 +70,6 @@ class ControlLog:
                         f"{consumer.position(place)}; check the broker"
                     )
                 for record in found:
-                    if record.key != key:
-                        continue
                     try:
                         yield ControlRecord.from_bytes(record.value or b"")
                     except ValueError as error:

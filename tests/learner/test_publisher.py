@@ -388,6 +388,8 @@ def test_pin_survives_flushall_with_larger_numbers(
     assert (warning.pinned, warning.command) == ("1.3", "genco policy unpin")  # type: ignore[attr-defined]
     state = Registry(client, model).state()
     assert (state.pinned, state.pointer, state.epoch, state.sequence) == (Version(1, 3), None, 2, 1)
+    (audit,) = Registry(client, model).audit(10)
+    assert (audit.who, audit.what) == ("ann", Action.PIN), "who pinned is still known"
     assert state.revision >= 6
     # Its blob is gone: what is learned is stored and not served, until somebody decides.
     assert owner.publish(snapshot(model, 2, 7)) is Outcome.PINNED
@@ -493,14 +495,15 @@ def test_history_is_trimmed_and_old_blobs_are_deleted(client: redis.Redis, publi
     assert stored(client, model) == set(kept)
 
 
-def test_version_under_the_pointer_is_not_deleted_however_old(
+def test_versions_under_pointer_and_pin_are_not_deleted_however_old(
     client: redis.Redis, publisher: Publisher, model: str
 ) -> None:
     publisher.publish(snapshot(model, 1, 1))
+    publisher.publish(snapshot(model, 1, 2))
     client.set(pin_key(model), "1:1")
-    for version in range(2, HISTORY_LENGTH + 5):
+    for version in range(3, HISTORY_LENGTH + 5):
         assert publisher.publish(snapshot(model, 1, version)) is Outcome.PINNED
-    assert "1:1" in stored(client, model)
+    assert {"1:1", "1:2"} < stored(client, model)
     history: Any = client.lrange(history_key(model), 0, -1)
     assert {name.decode() for name in history} == stored(client, model)
     assert len(history) == HISTORY_LENGTH
