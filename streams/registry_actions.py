@@ -40,6 +40,7 @@ from streams.contracts.registry import (
     revision_key,
     sequence_key,
 )
+from streams.contracts.snapshot import FORMAT
 from streams.registry import Registry
 
 MAX_WHO: Final = 128
@@ -48,7 +49,8 @@ MAX_REASON: Final = 1_000
 # KEYS[1] current, KEYS[2] pin, KEYS[3] freeze, KEYS[4] epoch, KEYS[5] revision, KEYS[6] sequence, KEYS[7] history,
 # KEYS[8] audit; ARGV[1] what, ARGV[2] who, ARGV[3] when in ms, ARGV[4] reason, ARGV[5] length of the audit,
 # ARGV[6] channel, ARGV[7] and ARGV[8] what the keys of blobs and manifests begin with, ARGV[9] version or '',
-# ARGV[10] '1' if a rollback freezes. Returns {'changed', audit record} or {refusal or 'unchanged', ''}.
+# ARGV[10] '1' if a rollback freezes, ARGV[11] format of snapshots that servers read.
+# Returns {'changed', audit record} or {refusal or 'unchanged', ''}.
 _BEGIN: Final = """
 if redis.call('EXISTS', KEYS[4]) == 0 then return {'empty', ''} end
 local function number(key) return tonumber(redis.call('GET', key) or '0') end
@@ -76,6 +78,7 @@ local function point_at(name)
   if not ok or type(parsed) ~= 'table' or parsed.num_bytes ~= size or type(parsed.sha256) ~= 'string' then
     return 'damaged'
   end
+  if parsed.format ~= ARGV[11] then return 'format' end
   local epoch, version = parts(name)
   redis.call('HSET', KEYS[1], 'epoch', epoch, 'version', version, 'sha256', parsed.sha256,
              'revision', before.revision + 1)
@@ -137,6 +140,7 @@ class Refusal(StrEnum):
     EMPTY = "empty"
     MISSING = "missing"
     DAMAGED = "damaged"
+    FORMAT = "format"
     PINNED = "pinned"
     NO_POINTER = "no_pointer"
     NOTHING_BEFORE = "nothing_before"
@@ -266,6 +270,7 @@ class Operator:
                 manifest_prefix(model),
                 "" if version is None else version.key,
                 int(freeze),
+                FORMAT,
             ],
         )
         if outcome not in (b"changed", b"unchanged"):
@@ -313,6 +318,11 @@ def _explain(refusal: Refusal, model: str, version: Version | None) -> str:
             return (
                 f"version {version or 'before the current one'} of model {model!r} is damaged in Redis: its manifest "
                 "does not describe its blob; choose another (genco policy list)"
+            )
+        case Refusal.FORMAT:
+            return (
+                f"version {version or 'before the current one'} of model {model!r} was made by another release: "
+                f"servers read the format {FORMAT!r}; choose another (genco policy list)"
             )
         case Refusal.PINNED:
             return f"model {model!r} is pinned; pin the version that you want, or first: genco policy unpin"

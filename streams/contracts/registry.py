@@ -8,7 +8,7 @@
     lease:{model}, epoch:{model}        who may publish, and the fencing epoch; without an epoch the registry is empty
     revision:{model}                    every revision up to this one was given out before Redis was emptied
     sequence:{model}                    how many operator actions have changed something
-    history:{model}                     list, newest first, of stored epoch:version; what leaves it is deleted
+    history:{model}                     list, newest first, of the stored epoch:version, sparser with age
     audit:{model}                       list, newest first, of the operator actions that changed something, JSON
     candidate:{model}                   manifest of the newest snapshot made, published or refused by the gate; expires
     published:{model}                   channel: a message for each move of the pointer
@@ -23,7 +23,10 @@ import re
 from typing import Final, NamedTuple
 
 HISTORY_LENGTH: Final = 100
-"""Snapshots that are kept, those under the pointer and the pin included."""
+"""Snapshots that are kept, those under the pointer and the pin included. At one a second a hundred are less than two
+minutes, too short to notice that something is wrong; so beyond the newest they get sparser with their age."""
+HISTORY_NEWEST: Final = 20
+"""Of these none is left out."""
 AUDIT_LENGTH: Final = 1_000
 CANDIDATE_TTL_S: Final = 7 * 86_400
 """A learner that was stopped on a Friday can still be understood on Monday."""

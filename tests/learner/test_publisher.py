@@ -1,6 +1,7 @@
 """Publication against a real Redis: the pointer only moves on, one learner at a time, and outlives `FLUSHALL`."""
 
 import hashlib
+import itertools
 import time
 import uuid
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from streams.contracts.control import Action, ControlRecord, newest
 from streams.contracts.registry import (
     CANDIDATE_TTL_S,
     HISTORY_LENGTH,
+    HISTORY_NEWEST,
     Version,
     blob_key,
     candidate_key,
@@ -485,14 +487,40 @@ def test_lease_keeper_waits_for_kafka_when_redis_was_emptied(client: redis.Redis
 # -- history -----------------------------------------------------------------------------------------------------------
 
 
-def test_history_is_trimmed_and_old_blobs_are_deleted(client: redis.Redis, publisher: Publisher, model: str) -> None:
-    num = HISTORY_LENGTH + 5
+def test_history_gets_sparser_with_age_and_what_leaves_it_is_deleted(
+    client: redis.Redis, publisher: Publisher, model: str
+) -> None:
+    num = 1_000
     for version in range(1, num + 1):
         assert publisher.publish(snapshot(model, 1, version)) is Outcome.PUBLISHED
-    kept = [f"1:{version}" for version in range(num, num - HISTORY_LENGTH, -1)]
+    history = [Version.parse(name).key for name in names(client, model)]
+    assert stored(client, model) == set(history)
+    versions = [Version.parse(name).number for name in history]
+    assert len(versions) == HISTORY_LENGTH
+    assert versions[:HISTORY_NEWEST] == list(range(num, num - HISTORY_NEWEST, -1))
+    assert versions[-1] < num / 10, "most of the time is covered"
+    for later, earlier in itertools.pairwise(versions[HISTORY_NEWEST:]):
+        assert later - earlier <= 0.2 * (num - earlier), "whatever the age, something near it is there"
+
+
+def test_history_outlives_a_learner_that_counts_from_one_again(
+    client: redis.Redis, publisher: Publisher, model: str
+) -> None:
+    for version in range(1, 151):
+        publisher.publish(snapshot(model, 1, version))
+    publisher.release()
+    assert publisher.acquire()
+    for version in range(1, 101):
+        publisher.publish(snapshot(model, 2, version))
+    kept = [Version.parse(name) for name in names(client, model)]
+    assert len(kept) == HISTORY_LENGTH
+    assert kept == sorted(kept, reverse=True)
+    assert min(sum(version.epoch == epoch for version in kept) for epoch in (1, 2)) >= HISTORY_NEWEST
+
+
+def names(client: redis.Redis, model: str) -> list[str]:
     history: Any = client.lrange(history_key(model), 0, -1)
-    assert [entry.decode() for entry in history] == kept
-    assert stored(client, model) == set(kept)
+    return [name.decode() for name in history]
 
 
 def test_versions_under_pointer_and_pin_are_not_deleted_however_old(

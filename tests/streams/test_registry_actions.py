@@ -125,7 +125,7 @@ def test_pin_where_the_pointer_stands_still_gives_a_new_revision(scene: Scene) -
     assert scene.current == ("1.1", 2)
 
 
-@pytest.mark.parametrize("broken", ["never", "blob", "manifest", "truncated", "no json"])
+@pytest.mark.parametrize("broken", ["never", "blob", "manifest", "truncated", "no json", "format"])
 def test_pin_of_a_version_that_is_not_whole_is_refused(scene: Scene, broken: str) -> None:
     scene.learn(1, 2)
     version = Version(1, 9 if broken == "never" else 1)
@@ -138,7 +138,12 @@ def test_pin_of_a_version_that_is_not_whole_is_refused(scene: Scene, broken: str
         scene.client.append(blob_key(scene.model, 1, 1), "x")
     elif broken == "no json":
         scene.client.set(manifest_key(scene.model, 1, 1), "{")
-    expected = Refusal.DAMAGED if broken in ("truncated", "no json") else Refusal.MISSING
+    elif broken == "format":
+        old = snapshot(scene.model, 1, 1).manifest.model_copy(update={"format": "genco-snapshot-1"})
+        scene.client.set(manifest_key(scene.model, 1, 1), old.model_dump_json())
+    expected = {"truncated": Refusal.DAMAGED, "no json": Refusal.DAMAGED, "format": Refusal.FORMAT}.get(
+        broken, Refusal.MISSING
+    )
     assert scene.refused(lambda: scene.operator.pin(version, ORDER)) is expected
     assert scene.refused(lambda: scene.operator.rollback(Version(1, 1) if version[1] == 1 else Version(0, 1), ORDER))
     assert scene.records == []
