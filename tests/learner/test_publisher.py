@@ -490,7 +490,7 @@ def test_lease_keeper_waits_for_kafka_when_redis_was_emptied(client: redis.Redis
 def test_history_gets_sparser_with_age_and_what_leaves_it_is_deleted(
     client: redis.Redis, publisher: Publisher, model: str
 ) -> None:
-    num = 1_000
+    num = 600
     for version in range(1, num + 1):
         assert publisher.publish(snapshot(model, 1, version)) is Outcome.PUBLISHED
     history = [Version.parse(name).key for name in names(client, model)]

@@ -403,7 +403,7 @@ def test_nothing_moves_the_pointer_between_a_hold_and_its_end(scene: Scene, serv
             while published[-1] < until:
                 assert not failures
 
-        for turn in range(30):
+        for turn in range(16):
             await_publications(2)
             if turn % 2:
                 held = operator.rollback(None, ORDER).after
@@ -419,7 +419,7 @@ def test_nothing_moves_the_pointer_between_a_hold_and_its_end(scene: Scene, serv
     assert all(held.pointer == before.pointer for held, before in states)
     revisions = [held.pointer.revision for held, _ in states if held.pointer]
     assert revisions == sorted(set(revisions))
-    assert [record.state.sequence for record in scene.records] == list(range(1, 61))
+    assert [record.state.sequence for record in scene.records] == list(range(1, 33))
 
 
 def test_clean_up_spares_what_is_pinned_or_current_and_takes_it_afterwards(
