@@ -25,7 +25,6 @@ from streams.contracts.control import ControlRecord, RegistryState
 from streams.contracts.registry import (
     CANDIDATE_TTL_S,
     HISTORY_LENGTH,
-    HISTORY_NEWEST,
     audit_key,
     blob_key,
     blob_prefix,
@@ -86,7 +85,7 @@ return redis.call('DEL', KEYS[1])
 # KEYS[1] current, KEYS[2] blob, KEYS[3] manifest, KEYS[4] pin, KEYS[5] lease, KEYS[6] history, KEYS[7] freeze;
 # ARGV[1] epoch, ARGV[2] version, ARGV[3] sha256, ARGV[4] owner, ARGV[5] smallest revision allowed - 1, ARGV[6] channel,
 # ARGV[7] length of the history, ARGV[8] blob, ARGV[9] manifest, ARGV[10] and ARGV[11] what the keys of blobs and
-# manifests begin with, ARGV[12] how many of the newest are all kept. Returns {outcome, revision}.
+# manifests begin with. Returns {outcome, revision}.
 # Newer means newer than everything stored, not than the pointer: a rollback leaves the pointer behind, and what it went
 # back from must not come again when the script is sent twice because the answer was lost.
 # What leaves the history is deleted here and not by the caller, who could delete what was pinned just now.
@@ -123,18 +122,18 @@ if not hold then
 end
 local names = redis.call('LRANGE', KEYS[6], 0, -1)
 if #names > tonumber(ARGV[7]) then
-  -- The one whose neighbors are nearest to each other, for its age; the oldest where all are new.
-  local gone, least = nil, math.huge
-  local _, newest = parts(name)
-  for place = #names, 2, -1 do
-    if names[place] ~= current and names[place] ~= pin then
-      gone = gone or names[place]
-      local _, at = parts(names[place])
-      local _, later = parts(names[place - 1])
-      local _, earlier = parts(names[place + 1])
-      local share = newest > at and math.abs(later - earlier) / (newest - at) or math.huge
-      if place > tonumber(ARGV[12]) and share < least then gone, least = names[place], share end
+  -- The one whose neighbors are nearest to each other for its age, counted in versions. Where numbers begin anew, and
+  -- behind the oldest, a version is as far from the one before as from 0.
+  local gone, least, age, before = nil, math.huge, 0, 0
+  local _, at = parts(names[1])
+  for place = 1, #names do
+    local _, earlier = parts(names[place + 1])
+    local behind = earlier >= 0 and earlier < at and at - earlier or at
+    local share = (before + behind) / age
+    if place > 1 and share <= least and names[place] ~= current and names[place] ~= pin then
+      gone, least = names[place], share
     end
+    before, age, at = behind, age + behind, earlier
   end
   redis.call('LREM', KEYS[6], -1, gone)
   redis.call('UNLINK', ARGV[10] .. gone, ARGV[11] .. gone)
@@ -330,7 +329,6 @@ class Publisher:
                 manifest.model_dump_json(),
                 blob_prefix(model),
                 manifest_prefix(model),
-                HISTORY_NEWEST,
             ],
         )
         result = Outcome(outcome.decode())

@@ -24,9 +24,8 @@ from typing import Final, NamedTuple
 
 HISTORY_LENGTH: Final = 100
 """Snapshots that are kept, those under the pointer and the pin included. At one a second a hundred are less than two
-minutes, too short to notice that something is wrong; so beyond the newest they get sparser with their age."""
-HISTORY_NEWEST: Final = 20
-"""Of these none is left out."""
+minutes, too short to notice that something is wrong; so they get sparser with their age, and reach back most of a
+model's life."""
 AUDIT_LENGTH: Final = 1_000
 CANDIDATE_TTL_S: Final = 7 * 86_400
 """A learner that was stopped on a Friday can still be understood on Monday."""
