@@ -22,6 +22,7 @@ from benchmarks.regret.command import add_parser as add_bench_regret
 from benchmarks.search.command import add_parser as add_bench_search
 from genco.credits import add_parser as add_credits
 from genco.learn_arguments import add_once
+from genco.policy import add_parser as add_policy
 from streams.contracts.settings import EX_CONFIG, ConfigurationError, MetricsSettings, load, variable_names
 from streams.contracts.topics import CLICKS, IMPRESSIONS
 from streams.telemetry import configure_logging
@@ -376,6 +377,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_dead_letters(verbs)
     add_credits(verbs)
+    add_policy(verbs)
 
     bench = verbs.add_parser("bench", help="benchmarks", description="Benchmarks.")
     benches = bench.add_subparsers(dest="bench", required=True, metavar="BENCH")

@@ -9,6 +9,7 @@ import redis
 
 from learner import worker_metrics as metrics
 from learner.publisher import Publisher
+from streams.clients import UnreachableError
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,9 @@ class LeaseKeeper:
                 self._acquire()
         except redis.RedisError as error:
             logger.warning("Redis does not answer; training goes on", extra={"error": str(error)})
+        except UnreachableError as error:
+            # Without its pin or freeze an empty registry must not be published to.
+            logger.warning("Redis was emptied and Kafka does not answer", extra={"error": str(error)})
         metrics.lease.set(self._publisher.holds_lease)
         return self.is_alone
 

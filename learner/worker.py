@@ -37,6 +37,7 @@ from streams.clients import kafka_consumer, redis_client, require_redis
 from streams.contracts.examples import ExampleBatch, LabelKind
 from streams.contracts.settings import LearnSettings
 from streams.contracts.snapshot import PolicySnapshot, SnapshotError
+from streams.control_log import ControlLog
 from streams.telemetry import now_ms
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class Connections:
         return cls(
             updates=UpdateLog(settings),
             catalog=CatalogLog(kafka_consumer(settings)),
-            publisher=Publisher(client, settings.model_id, settings.lease_ms, Fence()),
+            publisher=Publisher(client, settings.model_id, settings.lease_ms, Fence(), control=ControlLog(settings)),
         )
 
     def close(self) -> None:
@@ -114,6 +115,7 @@ class Worker:
         self._planned: deque[Update] = deque()
         self._learned_until: dict[int, int] = {}
         self._parent_sha256: str | None = None
+        self._outcome: Outcome | None = None
         self._num_jittered = 0
         self._due_ms: list[np.ndarray[Any, np.dtype[np.int64]]] = []
         self._lease = LeaseKeeper(self._publisher, model_id=settings.model_id, lease_ms=settings.lease_ms, clock=clock)
@@ -292,12 +294,31 @@ class Worker:
             metrics.published.labels("redis_error").inc()
             logger.warning("publication failed, the next one follows", extra={"error": str(error)})
             return
-        metrics.published.labels(outcome.value).inc()
+        self._note(outcome)
         if outcome is Outcome.PUBLISHED:
             self._parent_sha256 = snapshot.manifest.sha256
+        if outcome.is_stored:
+            # A hold may last for days: how long it lasted says nothing about the loop, and would fill the memory.
             self._due_ms.clear()
+
+    def _note(self, outcome: Outcome) -> None:
+        """Count what became of a publication, and say it when it is not what it was: a hold may last for days."""
+        metrics.published.labels(outcome.value).inc()
+        for hold in (Outcome.PINNED, Outcome.FROZEN):
+            metrics.held.labels(hold.value).set(outcome is hold)
+        if outcome is self._outcome:
+            return
+        before, self._outcome = self._outcome, outcome
+        if outcome is Outcome.PUBLISHED:
+            if before is not None:
+                logger.info("snapshots are served again", extra={"version": self._number, "before": before.value})
+        elif outcome.is_stored:
+            logger.warning(
+                "snapshots are stored and not served; learning goes on",
+                extra={"version": self._number, "outcome": outcome.value},
+            )
         else:
-            logger.warning("snapshot not published", extra={"version": self._number, "outcome": outcome})
+            logger.warning("snapshot not published", extra={"version": self._number, "outcome": outcome.value})
 
     def _snapshot(self) -> PolicySnapshot:
         due_ms = np.concatenate(self._due_ms) if self._due_ms else np.empty(0, np.int64)

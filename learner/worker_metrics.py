@@ -38,6 +38,7 @@ validated = {
 }
 
 published = Counter("genco_publish_total", "Snapshots by what became of them", ["result"])
+held = Gauge("genco_publication_held", "1 while an operator's pin or freeze keeps new snapshots from service", ["by"])
 lease = Gauge("genco_lease_held", "1 while this process may publish")
 checkpointed = Gauge("genco_checkpoint_last_success_timestamp_seconds", "When the last checkpoint was complete")
 checkpoint_failures = Counter("genco_checkpoint_failures_total", "Checkpoints that the disk refused")

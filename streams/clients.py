@@ -255,7 +255,8 @@ def require_redis(client: redis.Redis) -> str:
         UnreachableError: If it does not answer.
         ConfigurationError: If it refuses the password, or may evict the policy that is served.
     """
-    at = "{host}:{port}".format_map({"host": "?", "port": "?"} | client.connection_pool.connection_kwargs)
+    where = {"host": "?", "port": "?"} | client.connection_pool.connection_kwargs
+    at = "{host}:{port}".format_map(where)
     try:
         client.ping()
         policy = client.config_get("maxmemory-policy").get("maxmemory-policy", "noeviction")
@@ -267,7 +268,8 @@ def require_redis(client: redis.Redis) -> str:
         raise UnreachableError(f"Redis at {at} does not answer ({error}); start it, or set GENCO_REDIS_URL") from None
     if policy != "noeviction":
         raise ConfigurationError(
-            f"Redis at {at} has maxmemory-policy {policy}, which may evict the policy that is served; "
-            "set it to noeviction"
+            f"Redis at {at} has maxmemory-policy {policy}, which may evict the policy that is served or the lease; "
+            "mend it with: redis-cli -h {host} -p {port} CONFIG SET maxmemory-policy noeviction (and CONFIG REWRITE, "
+            "or in redis.conf, so that it stays)".format_map(where)
         )
     return at

@@ -3,30 +3,85 @@
     blob:{model}:{epoch}:{version}      safetensors bytes, immutable
     manifest:{model}:{epoch}:{version}  signed JSON manifest of that blob, immutable
     current:{model}                     hash: epoch, version, revision, sha256; moved by scripts only
-    pin:{model}                         present: the pointer does not move by itself
-    lease:{model}, epoch:{model}        who may publish, and the fencing epoch
-    history:{model}                     list, newest first, of published epoch:version
-    candidate:{model}                   manifest of the newest snapshot made, published or refused by the gate
+    pin:{model}                         epoch:version; present: the pointer does not leave it by itself
+    freeze:{model}                      present: the pointer does not move by itself
+    lease:{model}, epoch:{model}        who may publish, and the fencing epoch; without an epoch the registry is empty
+    revision:{model}                    every revision up to this one was given out before Redis was emptied
+    sequence:{model}                    how many operator actions have changed something
+    history:{model}                     list, newest first, of the stored epoch:version, sparser with age
+    audit:{model}                       list, newest first, of the operator actions that changed something, JSON
+    candidate:{model}                   manifest of the newest snapshot made, published or refused by the gate; expires
     published:{model}                   channel: a message for each move of the pointer
 
-Redis is a cache: everything in it can be published again.
+Redis is a cache: snapshots can be published again, the rest is in the topic `control` too. The scripts make the names
+of the blobs that they delete, so all keys of a model must be in one Redis: no Redis Cluster.
 """
 
 from __future__ import annotations
 
-from typing import Final
+import re
+from typing import Final, NamedTuple
 
 HISTORY_LENGTH: Final = 100
+"""Snapshots that are kept, those under the pointer and the pin included. At one a second a hundred are less than two
+minutes, too short to notice that something is wrong; so they get sparser with their age, and reach back most of a
+model's life."""
+AUDIT_LENGTH: Final = 1_000
+CANDIDATE_TTL_S: Final = 7 * 86_400
+"""A learner that was stopped on a Friday can still be understood on Monday."""
+_NAME: Final = re.compile(r"(\d{1,15})[.:](\d{1,15})")
+
+
+class Version(NamedTuple):
+    """Which snapshot of a model; the larger is the newer."""
+
+    epoch: int
+    number: int
+
+    @classmethod
+    def parse(cls, text: str) -> Version:
+        """Read `epoch.number`, as people write it, or `epoch:number`, as keys hold it.
+
+        Raises:
+            ValueError: If the text is neither.
+
+        Example:
+            >>> Version.parse("3.42")
+            Version(epoch=3, number=42)
+        """
+        found = _NAME.fullmatch(text)
+        if found is None:
+            raise ValueError(f"{text[:64]!r} is no version; expected EPOCH.VERSION, such as 3.42")
+        return cls(int(found[1]), int(found[2]))
+
+    @property
+    def key(self) -> str:
+        """How keys, the history and the pin name it: `epoch:number`."""
+        return f"{self.epoch}:{self.number}"
+
+    def __str__(self) -> str:
+        """How people read it: `epoch.number`."""
+        return f"{self.epoch}.{self.number}"
+
+
+def blob_prefix(model_id: str) -> str:
+    """Return what the keys of a model's weights begin with; `Version.key` follows."""
+    return f"blob:{model_id}:"
+
+
+def manifest_prefix(model_id: str) -> str:
+    """Return what the keys of a model's manifests begin with; `Version.key` follows."""
+    return f"manifest:{model_id}:"
 
 
 def blob_key(model_id: str, epoch: int, version: int) -> str:
     """Return the key of the immutable weights."""
-    return f"blob:{model_id}:{epoch}:{version}"
+    return f"{blob_prefix(model_id)}{epoch}:{version}"
 
 
 def manifest_key(model_id: str, epoch: int, version: int) -> str:
     """Return the key of the immutable manifest."""
-    return f"manifest:{model_id}:{epoch}:{version}"
+    return f"{manifest_prefix(model_id)}{epoch}:{version}"
 
 
 def current_key(model_id: str) -> str:
@@ -37,6 +92,26 @@ def current_key(model_id: str) -> str:
 def pin_key(model_id: str) -> str:
     """Return the key of the pin."""
     return f"pin:{model_id}"
+
+
+def freeze_key(model_id: str) -> str:
+    """Return the key of the freeze."""
+    return f"freeze:{model_id}"
+
+
+def revision_key(model_id: str) -> str:
+    """Return the key of the revisions given out before."""
+    return f"revision:{model_id}"
+
+
+def sequence_key(model_id: str) -> str:
+    """Return the key of the counter of operator actions."""
+    return f"sequence:{model_id}"
+
+
+def audit_key(model_id: str) -> str:
+    """Return the key of the list of operator actions."""
+    return f"audit:{model_id}"
 
 
 def lease_key(model_id: str) -> str:
@@ -50,7 +125,7 @@ def epoch_key(model_id: str) -> str:
 
 
 def history_key(model_id: str) -> str:
-    """Return the key of the list of published versions."""
+    """Return the key of the list of stored versions."""
     return f"history:{model_id}"
 
 

@@ -89,7 +89,7 @@ class SnapshotManifest(BaseModel):
     """Newest impression that was learned."""
     due_ms_quantiles: tuple[float, ...] = ()
     """Eleven quantiles (0, 10, ... 100 %) of impression time + label wait over the examples that this snapshot learned
-    and its parent had not; empty without any."""
+    and the one stored before had not; empty without any."""
     metrics: dict[str, float] = Field(default_factory=dict)
     gate: GateVerdict
     created_at_ms: int

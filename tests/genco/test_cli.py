@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import redis
 
 from genco.services import MockBroker, RedisServer
 from streams.contracts.settings import document
@@ -186,6 +187,18 @@ def test_check_names_what_is_wrong(broker: MockBroker) -> None:
     failed = [line for line in result.stdout.splitlines() if line.startswith("FAIL")]
     assert len(failed) == 1
     assert "127.0.0.1:1" in failed[0]
+
+
+def test_check_refuses_a_redis_that_evicts(broker: MockBroker, redis_server: RedisServer) -> None:
+    with redis.Redis.from_url(redis_server.url, socket_timeout=5.0) as client:
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        try:
+            result = genco("check", **broker.client_settings(), **redis_server.client_settings(), GENCO_SIGNING_KEY=KEY)
+        finally:
+            client.config_set("maxmemory-policy", "noeviction")
+    assert result.returncode == 78
+    (failed,) = [line for line in result.stdout.splitlines() if line.startswith("FAIL")]
+    assert "CONFIG SET maxmemory-policy noeviction" in failed
 
 
 def test_device_that_does_not_exist_is_named(broker: MockBroker, redis_server: RedisServer, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Publication against a real Redis: the pointer only moves on, one learner at a time, and outlives `FLUSHALL`."""
 
 import hashlib
+import itertools
 import time
 import uuid
 from collections.abc import Iterator
@@ -12,11 +13,14 @@ import redis
 from genco.services import RedisServer
 from learner.publisher import Fence, Outcome, Publisher
 from streams.contracts.registry import (
+    CANDIDATE_TTL_S,
     HISTORY_LENGTH,
+    Version,
     blob_key,
     candidate_key,
     current_key,
     epoch_key,
+    freeze_key,
     history_key,
     lease_key,
     manifest_key,
@@ -263,6 +267,40 @@ def test_pin_keeps_the_pointer_and_stores_what_comes(client: redis.Redis, publis
     assert client.lrange(history_key(model), 0, -1) == [b"1:4", b"1:3", b"1:2", b"1:1"]
 
 
+def test_freeze_keeps_the_pointer_and_a_pin_comes_first(client: redis.Redis, publisher: Publisher, model: str) -> None:
+    publisher.publish(snapshot(model, 1, 1))
+    client.set(freeze_key(model), "1")
+    before = current(client, model)
+    assert publisher.publish(snapshot(model, 1, 2)) is Outcome.FROZEN
+    assert publisher.publish(snapshot(model, 1, 2)) is Outcome.FROZEN, "as when the answer was lost"
+    client.set(pin_key(model), "1:1")
+    assert publisher.publish(snapshot(model, 1, 3)) is Outcome.PINNED
+    assert current(client, model) == before
+    assert stored(client, model) == {"1:1", "1:2", "1:3"}
+    client.delete(freeze_key(model), pin_key(model))
+    assert publisher.publish(snapshot(model, 1, 4)) is Outcome.PUBLISHED
+
+
+def test_newer_means_newer_than_everything_stored(client: redis.Redis, publisher: Publisher, model: str) -> None:
+    publisher.publish(snapshot(model, 1, 1))
+    client.set(pin_key(model), "1:1")
+    publisher.publish(snapshot(model, 1, 5))
+    client.delete(pin_key(model))
+    for version in (4, 5):
+        assert publisher.publish(snapshot(model, 1, version)) is Outcome.NOT_NEWER
+    assert publisher.publish(snapshot(model, 1, 6)) is Outcome.PUBLISHED
+
+
+def test_candidate_expires_and_snapshots_do_not(client: redis.Redis, publisher: Publisher, model: str) -> None:
+    sent = snapshot(model, 1, 1)
+    publisher.show(sent.manifest)
+    publisher.publish(sent)
+    left: Any = client.ttl(candidate_key(model))
+    assert CANDIDATE_TTL_S - 60 < left <= CANDIDATE_TTL_S
+    for key in (blob_key(model, 1, 1), manifest_key(model, 1, 1), current_key(model), history_key(model)):
+        assert client.ttl(key) == -1
+
+
 # -- an empty Redis ----------------------------------------------------------------------------------------------------
 
 
@@ -300,26 +338,56 @@ def test_redis_that_knows_more_than_the_fence_wins(client: redis.Redis, publishe
 # -- history -----------------------------------------------------------------------------------------------------------
 
 
-def test_history_is_trimmed_and_old_blobs_are_deleted(client: redis.Redis, publisher: Publisher, model: str) -> None:
-    num = HISTORY_LENGTH + 5
+def test_history_gets_sparser_with_age_and_what_leaves_it_is_deleted(
+    client: redis.Redis, publisher: Publisher, model: str
+) -> None:
+    num = 600
     for version in range(1, num + 1):
         assert publisher.publish(snapshot(model, 1, version)) is Outcome.PUBLISHED
-    kept = [f"1:{version}" for version in range(num, num - HISTORY_LENGTH, -1)]
+    history = [Version.parse(name).key for name in names(client, model)]
+    assert stored(client, model) == set(history)
+    versions = [Version.parse(name).number for name in history]
+    assert len(versions) == HISTORY_LENGTH
+    assert versions[:12] == list(range(num, num - 12, -1))
+    assert versions[-1] < num / 10, "most of the time is covered"
+    for later, earlier in itertools.pairwise(versions):
+        assert later - earlier <= max(2, 0.2 * (num - earlier)), "whatever the age, something near it is there"
+
+
+def test_history_spans_a_learner_that_counts_from_one_again(
+    client: redis.Redis, publisher: Publisher, model: str
+) -> None:
+    for version in range(1, 301):
+        publisher.publish(snapshot(model, 1, version))
+    publisher.release()
+    assert publisher.acquire()
+    for version in range(1, 151):
+        publisher.publish(snapshot(model, 2, version))
+    kept = [Version.parse(name) for name in names(client, model)]
+    assert len(kept) == HISTORY_LENGTH
+    assert kept == sorted(kept, reverse=True)
+    ages = [150 - number if epoch == 2 else 150 + 300 - number for epoch, number in kept]
+    assert all(older - newer <= max(2, 0.2 * older) for newer, older in itertools.pairwise(ages))
+    assert ages[-1] > 400
+
+
+def names(client: redis.Redis, model: str) -> list[str]:
     history: Any = client.lrange(history_key(model), 0, -1)
-    assert [entry.decode() for entry in history] == kept
-    assert stored(client, model) == set(kept)
+    return [name.decode() for name in history]
 
 
-def test_version_under_the_pointer_is_not_deleted_however_old(
+def test_versions_under_pointer_and_pin_are_not_deleted_however_old(
     client: redis.Redis, publisher: Publisher, model: str
 ) -> None:
     publisher.publish(snapshot(model, 1, 1))
+    publisher.publish(snapshot(model, 1, 2))
     client.set(pin_key(model), "1:1")
-    for version in range(2, HISTORY_LENGTH + 5):
+    for version in range(3, HISTORY_LENGTH + 5):
         assert publisher.publish(snapshot(model, 1, version)) is Outcome.PINNED
-    assert "1:1" in stored(client, model)
-    assert len(stored(client, model)) == HISTORY_LENGTH + 1
-    assert client.llen(history_key(model)) == HISTORY_LENGTH
+    assert {"1:1", "1:2"} < stored(client, model)
+    history: Any = client.lrange(history_key(model), 0, -1)
+    assert {name.decode() for name in history} == stored(client, model)
+    assert len(history) == HISTORY_LENGTH
 
 
 def test_redis_that_is_gone_raises_and_loses_nothing(model: str) -> None:

@@ -42,13 +42,20 @@ def test_what_everything_else_is_made_from_is_kept_for_ever() -> None:
 
 
 def test_registry_keys_are_those_of_the_design_and_never_meet() -> None:
-    functions = dict(inspect.getmembers(registry, inspect.isfunction))
+    members = inspect.getmembers(registry, inspect.isfunction)
+    functions = {name: function for name, function in members if function.__module__ == registry.__name__}
     made = {n: f("m", 3, 42) if len(inspect.signature(f).parameters) == 3 else f("m") for n, f in functions.items()}
     assert made == {
+        "blob_prefix": "blob:m:",
+        "manifest_prefix": "manifest:m:",
         "blob_key": "blob:m:3:42",
         "manifest_key": "manifest:m:3:42",
         "current_key": "current:m",
         "pin_key": "pin:m",
+        "freeze_key": "freeze:m",
+        "revision_key": "revision:m",
+        "sequence_key": "sequence:m",
+        "audit_key": "audit:m",
         "lease_key": "lease:m",
         "epoch_key": "epoch:m",
         "history_key": "history:m",
