@@ -40,6 +40,9 @@ from streams.contracts.snapshot import PolicySnapshot, SnapshotError
 from streams.control_log import ControlLog
 from streams.telemetry import now_ms
 
+MAX_UNPUBLISHED = 600
+"""Updates whose due times are kept while nothing is published."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -117,7 +120,8 @@ class Worker:
         self._parent_sha256: str | None = None
         self._outcome: Outcome | None = None
         self._num_jittered = 0
-        self._due_ms: list[np.ndarray[Any, np.dtype[np.int64]]] = []
+        # Of the examples since the last publication; of the newest updates, should there be none for long.
+        self._due_ms: deque[np.ndarray[Any, np.dtype[np.int64]]] = deque(maxlen=MAX_UNPUBLISHED)
         self._lease = LeaseKeeper(self._publisher, model_id=settings.model_id, lease_ms=settings.lease_ms, clock=clock)
         self._updated_at = self._checkpointed_at = clock()
         self._resume()
