@@ -2,13 +2,13 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.regret.policies import VARIANTS
+from benchmarks.regret.policies import VARIANTS, neural_mil
 from benchmarks.regret.policies.neural_mil import (
     _NeuralMil,
     additive,
@@ -20,8 +20,6 @@ from benchmarks.regret.run import play_policy
 from benchmarks.regret.traffic import Traffic
 from benchmarks.regret.worlds import BATCH, BenchWorld
 from genco.world_config import WorldConfig
-
-pytest.importorskip("numba")
 
 # A world in which a few thousand impressions are enough: many clicks and strong effects.
 TINY = BenchWorld(
@@ -37,6 +35,20 @@ RENEWED = BenchWorld(
     ),
     label_wait_s=30.0,
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other make so small networks slow on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neural_mil, "STEPS", 3)
 
 
 def made(name: str, traffic: Traffic, seed: int = 0) -> _NeuralMil:
@@ -130,6 +142,7 @@ def test_it_learns(name: str) -> None:
     assert play_policy(made(name, traffic), traffic).regret(traffic.reference(), 1 / 3) < 0.85
 
 
+@pytest.mark.usefixtures("few_steps")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_it_plays_new_elements_rich_content_and_late_labels(name: str) -> None:
     # Whoever shows what is no candidate is refused by the world.
@@ -137,6 +150,7 @@ def test_it_plays_new_elements_rich_content_and_late_labels(name: str) -> None:
     assert len(play_policy(made(name, traffic), traffic).obtained) == 4
 
 
+@pytest.mark.usefixtures("few_steps")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_it_follows_from_its_seed(name: str) -> None:
     outcomes = []

@@ -260,7 +260,7 @@ def best_weighted_mean(value_NSA: Tensor, score_NSA: Tensor) -> Tensor:
     """Return the (N, S) places whose mean value, weighted by exp(score), is the largest.
 
     A mean above r exists if and only if weight x (value - r), summed over the slots' best, is above 0. So the places
-    that are best for any r give the next r, until it is the largest (Dinkelbach 1967), mostly after three or four rounds.
+    that are best for any r give the next r, until it is the largest (Dinkelbach 1967), after three or four rounds.
     """
     weight_NSA = torch.exp(score_NSA - score_NSA.amax((1, 2), keepdim=True))
     mean_N11 = value_NSA.mean((1, 2), keepdim=True)
