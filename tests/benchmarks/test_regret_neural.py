@@ -158,3 +158,45 @@ def test_it_follows_from_its_seed(name: str) -> None:
         traffic = Traffic(TINY, 5, 2 * BATCH)
         outcomes.append(play_policy(made(name, traffic, seed), traffic).obtained)
     assert outcomes[0] == outcomes[1] != outcomes[2]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_members_begin_apart_and_follow_from_the_seed(name: str) -> None:
+    first, again, other = (made(name, Traffic(TINY, 5, BATCH), seed)._weights for seed in (1, 1, 2))
+    for part, weight in first.items():
+        assert torch.equal(weight, again[part])
+        assert not torch.equal(weight, other[part])
+        assert len(weight.detach().flatten(1).unique(dim=0)) == neural_mil.MEMBERS
+
+
+def test_element_is_its_id_and_its_content() -> None:
+    traffic = Traffic(TINY, 5, BATCH)
+    policy, catalog = made("neural-additive", traffic), traffic.catalog(0.0)
+    policy.catalog(catalog)
+    w = {part: weight.detach().numpy() for part, weight in policy._weights.items()}
+    content = catalog.content[1, 3]
+    expected = w["id"][2, 1, 3] + content @ w["content"][2, 1]
+    np.testing.assert_allclose(policy._vectors()[2, 1, 3].detach().numpy(), expected, rtol=1e-4, atol=1e-6)
+    assert abs(content).min() > 0.01
+
+
+def test_appeal_is_that_of_product_and_context() -> None:
+    policy = made("neural-additive", Traffic(RENEWED, 5, BATCH))
+    w = {part: weight.detach().double() for part, weight in policy._weights.items()}
+    context = torch.linspace(-1.0, 1.0, policy.facts.context_size)
+    appeal = policy._appeal(torch.tensor([1]), context[None])[3, 0].item()
+    by_product = w["product"][3, 1] + w["product_context"][3, 1] @ context.double()
+    assert appeal == pytest.approx((w["bias"][3, 0] + w["context"][3] @ context.double() + by_product).item(), rel=1e-5)
+
+
+@pytest.mark.usefixtures("few_steps")
+def test_examples_count_as_often_as_the_bootstrap_drew_them() -> None:
+    traffic = Traffic(TINY, 5, 2 * BATCH)
+    policy = made("neural-noisy-or", traffic)
+    play_policy(policy, traffic)
+    weight_NM = policy._replay[-1]
+    assert weight_NM.shape == (2 * BATCH, neural_mil.MEMBERS)
+    # 16,000 draws of Poisson(1): five standard errors of the mean are .04, of the variance .07.
+    assert weight_NM.mean().item() == pytest.approx(1.0, abs=0.04)
+    assert weight_NM.var().item() == pytest.approx(1.0, abs=0.07)
+    assert torch.corrcoef(weight_NM.T).triu(1).abs().max() < 0.15
