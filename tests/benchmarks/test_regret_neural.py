@@ -137,9 +137,9 @@ def test_weighted_mean_is_the_best_of_all() -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("name", VARIANTS)
 def test_it_learns(name: str) -> None:
-    """Uniform play has regret 1 +- .03 over the last two batches."""
+    """Uniform play has regret 1 +- .03 over the last two batches; the weakest of four policy seeds had .10."""
     traffic = Traffic(TINY, 5, 6 * BATCH)
-    assert play_policy(made(name, traffic), traffic).regret(traffic.reference(), 1 / 3) < 0.85
+    assert play_policy(made(name, traffic), traffic).regret(traffic.reference(), 1 / 3) < 0.5
 
 
 @pytest.mark.usefixtures("few_steps")
