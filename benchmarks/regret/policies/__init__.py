@@ -72,4 +72,11 @@ ABLATIONS: Final[dict[str, Entry]] = {
 }
 """Ours without one of its parts each."""
 
-ENTRIES: Final = REGISTRY | ABLATIONS
+VARIANTS: Final[dict[str, Entry]] = {
+    "neural-additive": Entry("neural_mil", "NeuralAdditive", needs=("numba", "torch")),
+    "neural-attention": Entry("neural_mil", "NeuralAttention", needs=("numba", "torch")),
+    "neural-noisy-or": Entry("neural_mil", "NeuralNoisyOr", needs=("numba", "torch")),
+}
+"""Other ways to model a card, played only when they are named."""
+
+ENTRIES: Final = REGISTRY | ABLATIONS | VARIANTS
