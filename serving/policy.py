@@ -310,7 +310,7 @@ class Policy:
         card = self._card_of(request)
         with self._lock:
             deck, (row,) = self._deal([card])
-            main = deck.main(np.array([row]), self._effects.context_weights(context_C[None]), context_C[None])
+            main = self._main(deck, np.array([row]), context_C[None])
             narrow = None if pair is not None else deck.pair_effects(row)
         deviation = self._effects.context_deviation(card.index, context_C, self.settings.noise_seed)
         wide = [widened(main_1LA[0], scale) + dev_LA for main_1LA, dev_LA in zip(main, deviation, strict=True)]
@@ -331,7 +331,7 @@ class Policy:
         with self._lock:
             deck, (row,) = self._deal([card])
             context_1C = self.spec.context_matrix([request.context])
-            main = deck.main(np.array([row]), self._effects.context_weights(context_1C), context_1C)
+            main = self._main(deck, np.array([row]), context_1C)
             return deck.shares(row, [main_NLA[0] for main_NLA in main], places)
 
     def _expected_ctr(self, request: DecisionRequest, solved: _Solved, places: Sequence[int]) -> float:
@@ -472,8 +472,12 @@ class Policy:
         rows_N = np.array(rows)
         context_NC = self.spec.context_matrix([request.context for request in requests])
         product_N = np.array([self.spec.product_index.get(request.product_id, -1) for request in requests])
-        main = deck.main(rows_N, self._effects.context_weights(context_NC), context_NC)
-        return Problem(deck, rows_N, main, product_N, context_NC)
+        content = deck.content_of(rows_N)
+        main = deck.main(rows_N, content, self._effects.context_weights(context_NC), context_NC)
+        return Problem(deck, rows_N, content, main, product_N, context_NC)
+
+    def _main(self, deck: Deck, rows_N: IntArray, context_NC: FloatArray) -> list[FloatArray]:
+        return deck.main(rows_N, deck.content_of(rows_N), self._effects.context_weights(context_NC), context_NC)
 
     def _search(self, items: Sequence[tuple[bytes, tuple[DecisionRequest, Card]]]) -> dict[bytes, _Solved]:
         """Find e^(m) of every draw for requests of one shape."""
