@@ -115,20 +115,18 @@ class Pointer:
 
     def _turns(self, asked: Asked, base_NSd: FloatArray) -> Iterator[tuple[int, IntArray | slice]]:
         """Yield a place and the requests that fill it next; in a fixed order that is all of them."""
-        order_NT = self._order(asked, base_NSd)
+        slots = asked.slots
         if self.variant != "confident":
-            yield from ((place, slice(None)) for place in order_NT[0].tolist())
+            for place in sorted(range(len(slots)), key=lambda place: (slots[place] < 0, slots[place], place)):
+                yield place, slice(None)
             return
-        for place_N in order_NT.T:
+        for place_N in self._surest_first(asked, base_NSd).T:
             for place in np.unique(place_N).tolist():
                 yield place, np.flatnonzero(place_N == place)
 
-    def _order(self, asked: Asked, base_NSd: FloatArray) -> IntArray:
-        """Return the places of each request's slots in the order in which they are filled, (N, T)."""
+    def _surest_first(self, asked: Asked, base_NSd: FloatArray) -> IntArray:
+        """Return the places of each request's slots, those first in which the generator is surest, (N, T)."""
         num_requests, slots = len(base_NSd), asked.slots
-        if self.variant != "confident":
-            order = sorted(range(len(slots)), key=lambda place: (slots[place] < 0, slots[place], place))
-            return np.broadcast_to(np.array(order), (num_requests, len(slots)))
         # In the order of the vocabulary first, so that equal ones come out as in torch; unknown slots last.
         rank_NT = np.full((num_requests, len(slots)), np.inf, np.float32)
         for place, slot in enumerate(slots):

@@ -238,14 +238,15 @@ class Policy:
                 places = _uniform_places(unit, card.elements)
             else:
                 places = solved.winners[int(unit[1] * self.num_draws)].tolist()
-            slot_propensities, propensity = self._propensities(solved, places)
+            agree_MT = _agreeing(solved, places)
+            slot_propensities, propensity = self._propensities(solved, agree_MT)
             choices.append(
                 Choice(
                     creative={n: ids[i] for n, ids, i in zip(card.names, card.elements, places, strict=True)},
                     slot_propensities=dict(zip(card.names, slot_propensities, strict=True)),
                     propensity=propensity,
                     holdout=holdout,
-                    expected_ctr=self._expected_ctr(request, solved, places),
+                    expected_ctr=self._expected_ctr(request, solved, places, agree_MT),
                 )
             )
         return choices
@@ -266,7 +267,7 @@ class Policy:
         """Return `propensity` for each pair of a request and a creative."""
         out = []
         for solved, creative in zip(self._solve(requests), creatives, strict=True):
-            slot_propensities, joint = self._propensities(solved, solved.card.places(creative))
+            slot_propensities, joint = self._propensities(solved, _agreeing(solved, solved.card.places(creative)))
             out.append((dict(zip(solved.card.names, slot_propensities, strict=True)), joint))
         return out
 
@@ -277,7 +278,8 @@ class Policy:
             ValueError: If the creative does not fill each slot with one of its candidates.
         """
         (solved,) = self._solve([request])
-        return self._expected_ctr(request, solved, solved.card.places(creative))
+        places = solved.card.places(creative)
+        return self._expected_ctr(request, solved, places, _agreeing(solved, places))
 
     def winners(self, requests: Sequence[DecisionRequest]) -> list[IntArray]:
         """Return for each request the (M, T) places of e^(m) among the candidates of its slots."""
@@ -334,9 +336,11 @@ class Policy:
             main = self._main(deck, np.array([row]), context_1C)
             return deck.shares(row, [main_NLA[0] for main_NLA in main], places)
 
-    def _expected_ctr(self, request: DecisionRequest, solved: _Solved, places: Sequence[int]) -> float:
+    def _expected_ctr(
+        self, request: DecisionRequest, solved: _Solved, places: Sequence[int], agree_MT: NDArray[np.bool_]
+    ) -> float:
         """Return the click probability under the posterior mean."""
-        (same_M,) = (solved.winners == np.asarray(places)).all(1).nonzero()
+        (same_M,) = agree_MT[:, -1].nonzero()
         if len(same_M):
             creative = float(solved.logits[same_M[0]])
         else:
@@ -345,8 +349,8 @@ class Policy:
         logit = solved.appeal + creative
         return 1.0 / (1.0 + math.exp(-min(max(logit, -30.0), 30.0)))
 
-    def _propensities(self, solved: _Solved, places: Sequence[int]) -> tuple[list[float], float]:
-        agree_T = np.logical_and.accumulate(solved.winners == np.asarray(places), axis=1).sum(0).tolist()
+    def _propensities(self, solved: _Solved, agree_MT: NDArray[np.bool_]) -> tuple[list[float], float]:
+        agree_T = np.count_nonzero(agree_MT, axis=0).tolist()
         epsilon, uniform, earlier, out = self.settings.epsilon, 1.0, 1.0, []
         for count, ids in zip(agree_T, solved.card.elements, strict=True):
             uniform /= len(ids)
@@ -522,6 +526,12 @@ class _Solved:
     """(M,) creative logits of these under the posterior mean."""
     appeal: float
     """Logit of the product and the context alone."""
+
+
+def _agreeing(solved: _Solved, places: Sequence[int]) -> NDArray[np.bool_]:
+    """Return which winners share the choices of a creative up to each slot, (M, T)."""
+    agree_MT: NDArray[np.bool_] = np.logical_and.accumulate(solved.winners == np.asarray(places), axis=1)
+    return agree_MT
 
 
 def _request_key(request: DecisionRequest) -> tuple[bytes, bytes]:

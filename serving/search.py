@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,7 @@ MAX_PAIRED = 160
 """Candidates of a card, over all slots, up to which the effects of pairs of elements are searched: they take a table of
 the square of it. Wider cards are searched by content, main effects and pairs of content alone."""
 PART_FROM: Final = 256
-"""Climbers from which those at rest are left behind once they are the half; with fewer that takes longer than it saves."""
+"""Climbers from which those at rest are left behind once they are half; with fewer that takes more than it saves."""
 
 Shape = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -84,6 +84,9 @@ class Deck:
         """Which of all candidates are those of a slot."""
         later, earlier = np.tril_indices(num_slots, -1)
         self.slot_pairs = later, earlier
+        self.size_T = np.array(sizes)
+        self.first_T = np.array([0, *ends[:-1]])
+        """How many candidates the slots before have."""
         # np.empty: memory is taken from the system when a row is first written. Slot after slot, as a product over the
         # candidates of a slot takes half the time where they lie together; in one array, so that one gather serves all.
         self.all_content = np.empty(k * num_draws * total * content_size, np.float32)
@@ -205,13 +208,13 @@ class Ascent:
         """Scores of single elements that were needed so far; a start at rest needs none."""
         deck, rows_N = problem.deck, problem.rows
         _, num_all, _, self._size = problem.content[0].shape
-        draw_L, card_N = np.arange(num_all)[draws], np.arange(len(rows_N))
+        draw_L = np.arange(num_all)[draws]
         self._spans, self._slot_pairs, self._num_draws = deck.spans, deck.slot_pairs, num_all
         self._content = [content_NLAF[:, draws] for content_NLAF in problem.content]
         self._main = [main_NLA[:, draws] for main_NLA in problem.main]
         # Gathers go through flat views: np.take of rows took 1.5 us where indexing by arrays took 1.9 (32 x 2 rows).
         # Candidates are numbered over all slots: their place is that in their slot plus the slot's first.
-        self._first_T = np.array([span.start for span in deck.spans])
+        self._first_T = deck.first_T
         self._total = deck.spans[-1].stop
         self._flat_pulls = deck.all_pulls.reshape(-1, len(deck.spans) * self._size)
         self._first_pull = (rows_N * (self._total * num_all))[:, None] + draw_L
@@ -219,14 +222,11 @@ class Ascent:
         self._first_pair = (rows_N * self._total)[:, None]
         self._flat_content = deck.all_content.reshape(-1, self._size)
         self._flat_main = np.concatenate([main_NLA.reshape(-1) for main_NLA in problem.main])
-        sizes_T = np.array(deck.sizes)
-        self._first_content = self._firsts((rows_N[:, None] * num_all + draw_L), sizes_T, deck.capacity * num_all)
-        self._first_main = self._firsts((card_N[:, None] * num_all + draw_L), sizes_T, len(rows_N) * num_all)
-
-    def _firsts(self, group_NL: IntArray, sizes_T: IntArray, num_groups: int) -> IntArray:
-        """Return what a place is added to in a flat array of slots, each with as many groups of its size, (N, L, T)."""
-        firsts_NLT: IntArray = group_NL[:, :, None] * sizes_T + (num_groups - 1) * self._first_T
-        return firsts_NLT
+        # Here slot comes after slot, each with a group of candidates for every card and draw.
+        groups_NL1 = (rows_N[:, None] * num_all + draw_L)[:, :, None]
+        self._first_content = groups_NL1 * deck.size_T + (deck.capacity * num_all - 1) * deck.first_T
+        groups_NL1 = (np.arange(len(rows_N))[:, None] * num_all + draw_L)[:, :, None]
+        self._first_main = groups_NL1 * deck.size_T + (len(rows_N) * num_all - 1) * deck.first_T
 
     def values(self, chosen_NLRT: IntArray) -> FloatArray:
         """Return the creative logits (N, L, R) of R creatives on each draw."""
@@ -255,7 +255,7 @@ class Ascent:
         """Return what creatives add to the content weights of all slots, slot after slot, (N, L, R, T F)."""
         row_NLRT = place_NLRT * self._num_draws
         row_NLRT += self._first_pull[:, :, None, None]
-        total = self._flat_pulls.take(row_NLRT[..., 0], axis=0)
+        total: FloatArray = self._flat_pulls.take(row_NLRT[..., 0], axis=0)
         for t in range(1, row_NLRT.shape[3]):
             total += self._flat_pulls.take(row_NLRT[..., t], axis=0)
         return total
@@ -267,8 +267,8 @@ class Ascent:
     def climb(self, start_NLRT: IntArray, max_sweeps: int) -> IntArray:
         """Improve R starts, slot by slot, until nothing moves; return the best end on each draw, (N, L, T)."""
         num_slots = start_NLRT.shape[3]
-        climbers = self._climbers(start_NLRT + self._first_T)
-        ends_GT = np.empty((climbers.last.size, num_slots), np.int64)
+        climbers = self._climbers(start_NLRT)
+        ends_TG = np.empty((num_slots, climbers.last.size), np.int64)
         steps_G = np.empty(climbers.last.size, np.int64)
         rows_G = np.arange(climbers.last.size)
         step, moved_at = -1, 0
@@ -276,32 +276,35 @@ class Ascent:
             if step % num_slots == 0 and climbers.last.size >= PART_FROM:
                 moving = np.flatnonzero(step - climbers.last < num_slots)
                 if 2 * len(moving) <= climbers.last.size:
-                    ends_GT[rows_G], steps_G[rows_G] = climbers.ends(num_slots)
+                    ends_TG[:, rows_G], steps_G[rows_G] = climbers.ends(num_slots)
                     rows_G, climbers = rows_G[moving], climbers.part(moving)
             if self._step(climbers, step % num_slots, step):
                 moved_at = step
             elif step - moved_at + 1 >= num_slots:
                 break
-        ends_GT[rows_G], steps_G[rows_G] = climbers.ends(num_slots)
-        cost = np.cumsum(np.resize([span.stop - span.start for span in self._spans], step + 1))
-        self.num_scores += int(cost[np.minimum(steps_G, step + 1) - 1].sum())
-        ends_NLRT = ends_GT.reshape(start_NLRT.shape)
-        if ends_NLRT.shape[2] == 1:
-            return ends_NLRT[:, :, 0] - self._first_T
-        return _best(ends_NLRT, self._values(ends_NLRT)) - self._first_T
+        ends_TG[:, rows_G], steps_G[rows_G] = climbers.ends(num_slots)
+        steps_G = np.minimum(steps_G, step + 1)
+        self.num_scores += int((steps_G // num_slots * self._total + self._first_T[steps_G % num_slots]).sum())
+        ends_NLRT = ends_TG.T.reshape(start_NLRT.shape)
+        if start_NLRT.shape[2] == 1:
+            return ends_NLRT[:, :, 0]
+        return _best(ends_NLRT, self._values(ends_NLRT + self._first_T))
 
-    def _climbers(self, place_NLRT: IntArray) -> _Climbers:
-        place_TNLR, shape = place_NLRT.transpose(3, 0, 1, 2), place_NLRT.shape[:3]
-        first_pull, first_pair = self._first_pull[:, :, None], self._first_pair[:, :, None]
+    def _climbers(self, start_NLRT: IntArray) -> _Climbers:
+        chosen_TNLR = start_NLRT.transpose(3, 0, 1, 2).copy()
+        place_TNLR = chosen_TNLR + self._first_T[:, None, None, None]
+        last = np.zeros(start_NLRT.shape[:3], np.int64)
+        # For each start its own, so that some of them can be taken.
+        first_pull, first_pair = self._first_pull[:, :, None] + last, self._first_pair[:, :, None] + last
         pulls = self._flat_pulls.take(first_pull + place_TNLR * self._num_draws, axis=0)
         partners = None if self._flat_pairs is None else self._flat_pairs.take(first_pair + place_TNLR, axis=0)
         return _Climbers(
-            place=place_NLRT,
-            last=np.zeros(shape, np.int64),
-            content=self._content,
-            main=self._main,
-            first_pull=np.broadcast_to(first_pull, shape),
-            first_pair=np.broadcast_to(first_pair, shape),
+            chosen=chosen_TNLR,
+            last=last,
+            content=[content_NLAF.swapaxes(2, 3) for content_NLAF in self._content],
+            main=[main_NLA[:, :, None] for main_NLA in self._main],
+            first_pull=first_pull,
+            first_pair=first_pair,
             pulls=pulls,
             total=np.add.reduce(pulls),
             partners=partners,
@@ -310,22 +313,21 @@ class Ascent:
 
     def _step(self, climbers: _Climbers, t: int, step: int) -> bool:
         """Give every climber its best candidate of a slot; return whether one has moved."""
-        span, size = self._spans[t], self._size
-        value = np.matmul(climbers.total[..., t * size : (t + 1) * size], climbers.content[t].swapaxes(-1, -2))
-        value += climbers.main[t][..., None, :]
+        span, size, chosen = self._spans[t], self._size, climbers.chosen[t]
+        value = np.matmul(climbers.total[..., t * size : (t + 1) * size], climbers.content[t])
+        value += climbers.main[t]
         if climbers.beside is not None:
             value += climbers.beside[..., span]
         best = value.argmax(-1)
-        best += span.start
-        moved = best != climbers.place[..., t]
+        moved = best != chosen
         num_moved = np.count_nonzero(moved)
         if not num_moved:
             return False
         climbers.last[moved] = step
-        climbers.place[..., t] = best
+        chosen[...] = best
         # The others would add exact zeros, which is quicker for a few.
         at = moved.nonzero() if moved.size >= PART_FROM and 3 * num_moved < moved.size else ...
-        place, old = best[at], climbers.pulls[t]
+        place, old = best[at] + span.start, climbers.pulls[t]
         pull = self._flat_pulls.take(climbers.first_pull[at] + place * self._num_draws, axis=0)
         climbers.total[at] += pull - old[at]
         old[at] = pull
@@ -341,14 +343,14 @@ class Ascent:
 class _Climbers:
     """Starts on their way up. The leading axes (...) are (N, L) and R starts at first, and (G,) and 1 for a part."""
 
-    place: IntArray
-    """(..., R, T) the candidates chosen now, numbered over all slots."""
+    chosen: IntArray
+    """(T, ..., R) the place of each slot's choice among its candidates."""
     last: IntArray
     """(..., R) step in which each moved last; one that no slot moves any more is at rest for good."""
     content: list[FloatArray]
-    """Of each slot (..., A, F)."""
+    """Of each slot (..., F, A)."""
     main: list[FloatArray]
-    """Of each slot (..., A)."""
+    """Of each slot (..., 1, A)."""
     first_pull: IntArray
     first_pair: IntArray
     """(..., R) where the rows of each begin in the deck."""
@@ -362,23 +364,24 @@ class _Climbers:
     """(..., R, all candidates) sum of the partners."""
 
     def ends(self, num_slots: int) -> tuple[IntArray, IntArray]:
-        """Return where each is, (G, T), and after how many steps it was at rest, (G,)."""
-        return self.place.reshape(-1, num_slots), self.last.reshape(-1) + num_slots
+        """Return where each is, (T, G), and after how many steps it was at rest, (G,)."""
+        return self.chosen.reshape(num_slots, -1), self.last.reshape(-1) + num_slots
 
     def part(self, rows_G: IntArray) -> _Climbers:
         """Return some of them, each with content and main effects of its own."""
-        index = np.unravel_index(rows_G, self.last.shape)
-        card = index[:-1]
+        index: Any = np.unravel_index(rows_G, self.last.shape)
+        card, of_slots = index[:-1], (slice(None), *index)
         return _Climbers(
-            place=self.place[index][:, None],
+            chosen=self.chosen[of_slots][:, :, None],
             last=self.last[index][:, None],
-            content=[content[card] for content in self.content],
+            # Swapped for the gather alone: in another layout the products would be rounded differently.
+            content=[content.swapaxes(-1, -2)[card].swapaxes(-1, -2) for content in self.content],
             main=[main[card] for main in self.main],
             first_pull=self.first_pull[index][:, None],
             first_pair=self.first_pair[index][:, None],
-            pulls=self.pulls[:, *index][:, :, None],
+            pulls=self.pulls[of_slots][:, :, None],
             total=self.total[index][:, None],
-            partners=None if self.partners is None else self.partners[:, *index][:, :, None],
+            partners=None if self.partners is None else self.partners[of_slots][:, :, None],
             beside=None if self.beside is None else self.beside[index][:, None],
         )
 

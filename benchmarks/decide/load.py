@@ -1,9 +1,11 @@
-"""An open-loop load generator over persistent connections: `python -m benchmarks.decide.load HOST PORT RATE BODIES OUT`.
+"""An open-loop load generator over persistent connections.
+
+    python -m benchmarks.decide.load HOST PORT RATE BODIES OUT
 
 The requests are sent at a constant rate, whether or not the answers to earlier ones have come, and a latency runs from
-the moment when its request was due: a server that stalls is charged for everything that should have been sent meanwhile.
-Each connection has a thread, and sends every so many-th request; it sleeps until one is due. OUT is an array with a row
-for each request: when it was due on the monotonic clock of the machine, the latency in seconds, whether it went well.
+the moment when its request was due: a server that stalls is charged for all that should have been sent meanwhile. Each
+connection has a thread, and sends every so many-th request; it sleeps until one is due. OUT is an array with a row for
+each request: when it was due on the monotonic clock of the machine, the latency in seconds, whether it went well.
 
 It is light (no HTTP library), because it shares the machine's cores with the server.
 """

@@ -17,6 +17,7 @@ import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -174,7 +175,7 @@ def _in_turn(
     latencies = _finish(load, folder)
     due_N = latencies[:, 0]
     edges = [due_N[0], *(edge for span in spans for edge in span), due_N[-1]]
-    cut = [latencies[(due_N >= a + SETTLE_S) & (due_N < b)] for a, b in zip(edges, edges[1:], strict=False)]
+    cut = [latencies[(due_N >= a + SETTLE_S) & (due_N < b)] for a, b in pairwise(edges)]
     return cut[0::2], cut[1::2]
 
 

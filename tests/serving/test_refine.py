@@ -35,7 +35,9 @@ def problem_of(seed: int = 0, *, pairs: float = 1.0) -> Problem:
             deck.pairs[t][row] = between[span]
             deck.pairs[t][row][:, span] = 0.0
     main = [np.stack([deck.base[t][row] for row in range(N)]) for t in range(slots)]
-    return Problem(deck, np.arange(N), deck.content_of(np.arange(N)), main, np.full(N, -1), np.zeros((N, 0), np.float32))
+    return Problem(
+        deck, np.arange(N), deck.content_of(np.arange(N)), main, np.full(N, -1), np.zeros((N, 0), np.float32)
+    )
 
 
 def every() -> np.ndarray[Any, Any]:
