@@ -101,14 +101,15 @@ class Pointer:
         """Go through the slots of each request in its order; a choice counts as made once the visit is over."""
         base_NSd = self._base(asked)
         h_NRSd = np.repeat(base_NSd[:, None], chosen_NRT.shape[1], 1)
-        for place, rows in self._turns(asked, base_NSd):
+        turns = list(self._turns(asked, base_NSd))
+        for number, (place, rows) in enumerate(turns, 1):
             slot, key_NAd = asked.slots[place], asked.keys[place][rows]
             h_NRd = h_NRSd[rows, :, slot]
             if slot < 0:
                 yield Visit(place, rows, np.zeros((*h_NRd.shape[:2], key_NAd.shape[1]), np.float32))
                 continue
             yield Visit(place, rows, self._logits(h_NRd, key_NAd))
-            if self.variant != "parallel":
+            if self.variant != "parallel" and number < len(turns):
                 first_N1 = np.arange(len(key_NAd))[:, None]
                 pull = key_NAd[first_N1, chosen_NRT[rows, :, place]] @ self.chosen_SdX[slot]
                 h_NRSd[rows] += pull.reshape(*h_NRd.shape[:2], *base_NSd.shape[1:])

@@ -35,7 +35,6 @@ from serving.client import Client
 from streams.contracts.snapshot import PolicySnapshot, sign
 from streams.contracts.topics import partition_counts
 
-RATE: Final = 500.0
 WINDOW_S: Final = 4.0
 WARM_UP_S: Final = 4.0
 SWAP_EVERY_S: Final = 1.0
@@ -43,6 +42,17 @@ SETTLE_S: Final = 0.2
 """Of the beginning of each window, left out: what is under way then belongs to the state before."""
 LEASE_MS: Final = 600_000
 _READY_S: Final = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What the server is asked."""
+
+    folder: Path
+    """For bodies and latencies."""
+    scene: Scene
+    rate: float
+    """Requests a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,30 +71,31 @@ class Server:
             return len(client.policy(swaps=500)["swaps"])
 
 
-def measure(folder: Path, size: tuple[int, int], num_snapshots: int, seconds: float) -> dict[str, Any]:
+def measure(folder: Path, size: tuple[int, int], num_snapshots: int, seconds: float, rate: float) -> dict[str, Any]:
     """Return `http`, `swap` and `blackhole`.
 
     Args:
         folder: Where the snapshots lie; bodies and latencies go there, too.
         size: Slots and candidates of the cards.
         num_snapshots: How many there are; published in turn.
-        seconds: Of each of the three loads.
+        seconds: Of the plain load; the two that compare take twice as long and a window.
+        rate: Requests a second.
     """
-    scene = Scene(*size)
+    traffic = Traffic(folder, Scene(*size), rate)
     windows = max(2, round(seconds / WINDOW_S))
-    with _server(folder, scene, num_snapshots) as server:
-        _load(server, folder, scene, 0, WARM_UP_S)
+    with _server(folder, traffic.scene, num_snapshots) as server:
+        _finish(_start_load(server, traffic, 0, WARM_UP_S), folder)
         used = cpu_seconds(server.process.pid)
-        plain = _windows(_load(server, folder, scene, 1, windows * WINDOW_S), windows)
+        plain = _windows(_finish(_start_load(server, traffic, 1, windows * WINDOW_S), folder), windows)
         used_after = cpu_seconds(server.process.pid)
         http = _told(plain)
         if used is not None and used_after is not None:
             http["processor_us"] = 1e6 * (used_after - used) / sum(map(len, plain))
-        swap, blackhole = _swaps(server, folder, scene, windows), _silence(server, folder, scene, windows)
+        swap, blackhole = _swaps(server, traffic, windows), _silence(server, traffic, windows)
     return {"http": http, "swap": swap, "blackhole": blackhole}
 
 
-def _swaps(server: Server, folder: Path, scene: Scene, windows: int) -> dict[str, float]:
+def _swaps(server: Server, traffic: Traffic, windows: int) -> dict[str, float]:
     before = server.num_swaps()
 
     def disturb(until_s: float) -> None:
@@ -92,7 +103,7 @@ def _swaps(server: Server, folder: Path, scene: Scene, windows: int) -> dict[str
             server.publish()
             time.sleep(SWAP_EVERY_S)
 
-    plain, swapped = _in_turn(server, folder, scene, 2, windows, disturb)
+    plain, swapped = _in_turn(server, traffic, 2, windows, disturb)
     with_p99, without_p99 = _told(swapped)["p99_ms"], _told(plain)["p99_ms"]
     return {
         "swaps": server.num_swaps() - before,
@@ -103,7 +114,7 @@ def _swaps(server: Server, folder: Path, scene: Scene, windows: int) -> dict[str
     }
 
 
-def _silence(server: Server, folder: Path, scene: Scene, windows: int) -> dict[str, float]:
+def _silence(server: Server, traffic: Traffic, windows: int) -> dict[str, float]:
     def disturb(until_s: float) -> None:
         try:
             for service in server.services:
@@ -113,7 +124,7 @@ def _silence(server: Server, folder: Path, scene: Scene, windows: int) -> dict[s
             for service in server.services:
                 os.kill(service.pid, signal.SIGCONT)
 
-    plain, silent = _in_turn(server, folder, scene, 3, windows, disturb)
+    plain, silent = _in_turn(server, traffic, 3, windows, disturb)
     return {
         "p99_ms": _told(silent)["p99_ms"],
         "plain_p99_ms": _told(plain)["p99_ms"],
@@ -127,22 +138,21 @@ Latencies = NDArray[np.float64]
 """(N, 3) as `benchmarks.decide.load` writes them."""
 
 
-def _start_load(server: Server, folder: Path, scene: Scene, number: int, seconds: float) -> subprocess.Popen[bytes]:
-    requests = distinct_requests(scene, round(RATE * seconds), number)
+def _start_load(server: Server, traffic: Traffic, number: int, seconds: float) -> subprocess.Popen[bytes]:
+    count = round(traffic.rate * seconds)
+    requests = distinct_requests(traffic.scene, count, number)
     encode = msgspec.json.encode
     bodies = [
         encode({"product_id": r.product_id, "context": r.context, "candidates": r.candidates})
-        for r in (requests[i % len(requests)] for i in range(round(RATE * seconds)))
+        for r in (requests[i % len(requests)] for i in range(count))
     ]
-    (folder / "bodies.ndjson").write_bytes(b"\n".join(bodies))
+    (traffic.folder / "bodies.ndjson").write_bytes(b"\n".join(bodies))
     address = urllib.parse.urlsplit(server.url)
-    arguments = [str(address.hostname), str(address.port), str(RATE), "bodies.ndjson", "latencies.npy"]
+    arguments = [str(address.hostname), str(address.port), str(traffic.rate), "bodies.ndjson", "latencies.npy"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    return subprocess.Popen([sys.executable, "-m", "benchmarks.decide.load", *arguments], cwd=folder, env=environment)
-
-
-def _load(server: Server, folder: Path, scene: Scene, number: int, seconds: float) -> Latencies:
-    return _finish(_start_load(server, folder, scene, number, seconds), folder)
+    return subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.decide.load", *arguments], cwd=traffic.folder, env=environment
+    )
 
 
 def _finish(load: subprocess.Popen[bytes], folder: Path) -> Latencies:
@@ -153,13 +163,13 @@ def _finish(load: subprocess.Popen[bytes], folder: Path) -> Latencies:
 
 
 def _in_turn(
-    server: Server, folder: Path, scene: Scene, number: int, windows: int, disturb: Callable[[float], None]
+    server: Server, traffic: Traffic, number: int, windows: int, disturb: Callable[[float], None]
 ) -> tuple[list[Latencies], list[Latencies]]:
     """Return the windows without and with a disturbance, which take turns under one load; the last one is without.
 
     `disturb` is told until when on the monotonic clock, and ends by then.
     """
-    load = _start_load(server, folder, scene, number, (2 * windows + 1) * WINDOW_S)
+    load = _start_load(server, traffic, number, (2 * windows + 1) * WINDOW_S)
     spans = []
     try:
         for _ in range(windows):
@@ -172,7 +182,7 @@ def _in_turn(
         load.kill()
         load.wait()
         raise
-    latencies = _finish(load, folder)
+    latencies = _finish(load, traffic.folder)
     due_N = latencies[:, 0]
     edges = [due_N[0], *(edge for span in spans for edge in span), due_N[-1]]
     cut = [latencies[(due_N >= a + SETTLE_S) & (due_N < b)] for a, b in pairwise(edges)]

@@ -153,9 +153,9 @@ def test_medians_over_windows_and_all_errors_are_told() -> None:
 
 @pytest.mark.long
 def test_server_is_measured_under_swaps_and_silence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"RATE": 50.0, "WINDOW_S": 1.5, "WARM_UP_S": 1.0, "SWAP_EVERY_S": 0.4}.items():
+    for name, value in {"WINDOW_S": 1.5, "WARM_UP_S": 1.0, "SWAP_EVERY_S": 0.4}.items():
         monkeypatch.setattr(served, name, value)
-    result = served.measure(folder, CARD, num_snapshots=2, seconds=3.0)
+    result = served.measure(folder, CARD, num_snapshots=2, seconds=3.0, rate=50.0)
     assert result["http"]["errors"] == result["swap"]["errors"] == result["blackhole"]["errors"] == 0
     assert result["swap"]["swaps"] >= 4
     assert result["http"]["per_second"] == pytest.approx(50.0, rel=0.2)
