@@ -445,7 +445,6 @@ class Policy:
                 base_LA[:] = 0.0
                 pull_ALTF[:] = 0.0
                 deck.by_context[t][row] = 0.0
-                deck.pairs[t][row] = 0.0
                 continue
             weights_LF1 = effects.content_LSF[:, slot, :, None]
             base_LA[:] = np.matmul(content_LAF, weights_LF1)[..., 0] + effects.own(index_A)
@@ -459,10 +458,14 @@ class Policy:
             else:
                 pull_ALTF[:] = 0.0
                 pull_ALTF[:, :, targets] = pull_ALSF[:, :, known]
-            if deck.has_pairs:
-                pairs_AB = effects.pairs(index_A, np.concatenate(card.index))
-                pairs_AB[:, deck.spans[t]] = 0.0
-                deck.pairs[t][row] = pairs_AB
+        if deck.has_pairs:
+            table_ZZ = deck.all_pairs[row]
+            for t, span in enumerate(deck.spans):
+                table_ZZ[span, span] = 0.0
+                if t:  # with the slots before; the other way round it is the same
+                    before = slice(0, span.start)
+                    table_ZZ[span, before] = effects.pairs(card.index[t], np.concatenate(card.index[:t]))
+                    table_ZZ[before, span] = table_ZZ[span, before].T
 
     def problem(self, request: DecisionRequest) -> Problem:
         """Return what a search of one request works on, until the next one is prepared: for benchmarks of searches."""
