@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.decide.command import add_parser as add_bench_decide
 from benchmarks.learn.command import add_parser as add_bench_learn
 from benchmarks.regret.command import add_parser as add_bench_regret
 from benchmarks.search.command import add_parser as add_bench_search
@@ -394,6 +395,7 @@ def _parser() -> argparse.ArgumentParser:
         "--peers", action=argparse.BooleanOptionalAction, default=True, help="run the peers too (default)"
     )
     join.set_defaults(command=_bench_join)
+    add_bench_decide(benches)
     add_bench_regret(benches)
     add_bench_learn(benches)
     add_bench_search(benches)

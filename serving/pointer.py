@@ -79,11 +79,13 @@ class Pointer:
         """
         chosen_NRT, inverse = np.zeros(uniform_NRT.shape, np.int64), np.float32(1.0 / temperature)
         for visit in self._visits(asked, chosen_NRT):
-            pi = np.exp((visit.logits - visit.logits.max(-1, keepdims=True)) * inverse)
-            cumulative = np.cumsum(pi, -1, dtype=np.float64)
+            logits = visit.logits
+            logits -= logits.max(-1, keepdims=True)
+            logits *= inverse
+            cumulative = np.add.accumulate(np.exp(logits, out=logits), -1, dtype=np.float64)
             threshold = uniform_NRT[visit.rows, :, visit.place, None] * cumulative[..., -1:]
-            chosen = np.minimum((cumulative <= threshold).sum(-1), pi.shape[-1] - 1)
-            chosen_NRT[visit.rows, :, visit.place] = chosen
+            # The first place beyond the threshold: there is one, as the numbers are below 1.
+            chosen_NRT[visit.rows, :, visit.place] = (cumulative > threshold).argmax(-1)
         return chosen_NRT
 
     def log_probabilities(self, asked: Asked, chosen_NRT: IntArray) -> FloatArray:
@@ -97,30 +99,35 @@ class Pointer:
 
     def _visits(self, asked: Asked, chosen_NRT: IntArray) -> Iterator[Visit]:
         """Go through the slots of each request in its order; a choice counts as made once the visit is over."""
-        num_proposals = chosen_NRT.shape[1]
         base_NSd = self._base(asked)
-        h_NRSd = np.repeat(base_NSd[:, None], num_proposals, 1)
-        order_NT = self._order(asked, base_NSd)
-        for place_N in order_NT.T:
-            # Requests that are at the same slot go together; in a fixed order that is all of them.
-            for place in np.unique(place_N).tolist():
-                rows = np.flatnonzero(place_N == place)
-                slot, key_NAd = asked.slots[place], asked.keys[place][rows]
-                if slot < 0:
-                    yield Visit(place, rows, np.zeros((len(rows), num_proposals, key_NAd.shape[1]), np.float32))
-                    continue
-                yield Visit(place, rows, self._logits(h_NRSd[rows, :, slot], key_NAd))
-                if self.variant != "parallel":
-                    key_NRd = np.take_along_axis(key_NAd, chosen_NRT[rows, :, place, None], 1)
-                    pull = key_NRd @ self.chosen_SdX[slot]
-                    h_NRSd[rows] += pull.reshape(len(rows), num_proposals, *base_NSd.shape[1:])
+        h_NRSd = np.repeat(base_NSd[:, None], chosen_NRT.shape[1], 1)
+        turns = list(self._turns(asked, base_NSd))
+        for number, (place, rows) in enumerate(turns, 1):
+            slot, key_NAd = asked.slots[place], asked.keys[place][rows]
+            h_NRd = h_NRSd[rows, :, slot]
+            if slot < 0:
+                yield Visit(place, rows, np.zeros((*h_NRd.shape[:2], key_NAd.shape[1]), np.float32))
+                continue
+            yield Visit(place, rows, self._logits(h_NRd, key_NAd))
+            if self.variant != "parallel" and number < len(turns):
+                first_N1 = np.arange(len(key_NAd))[:, None]
+                pull = key_NAd[first_N1, chosen_NRT[rows, :, place]] @ self.chosen_SdX[slot]
+                h_NRSd[rows] += pull.reshape(*h_NRd.shape[:2], *base_NSd.shape[1:])
 
-    def _order(self, asked: Asked, base_NSd: FloatArray) -> IntArray:
-        """Return the places of each request's slots in the order in which they are filled, (N, T)."""
-        num_requests, slots = len(base_NSd), asked.slots
+    def _turns(self, asked: Asked, base_NSd: FloatArray) -> Iterator[tuple[int, IntArray | slice]]:
+        """Yield a place and the requests that fill it next; in a fixed order that is all of them."""
+        slots = asked.slots
         if self.variant != "confident":
-            order = sorted(range(len(slots)), key=lambda place: (slots[place] < 0, slots[place], place))
-            return np.broadcast_to(np.array(order), (num_requests, len(slots)))
+            for place in sorted(range(len(slots)), key=lambda place: (slots[place] < 0, slots[place], place)):
+                yield place, slice(None)
+            return
+        for place_N in self._surest_first(asked, base_NSd).T:
+            for place in np.unique(place_N).tolist():
+                yield place, np.flatnonzero(place_N == place)
+
+    def _surest_first(self, asked: Asked, base_NSd: FloatArray) -> IntArray:
+        """Return the places of each request's slots, those first in which the generator is surest, (N, T)."""
+        num_requests, slots = len(base_NSd), asked.slots
         # In the order of the vocabulary first, so that equal ones come out as in torch; unknown slots last.
         rank_NT = np.full((num_requests, len(slots)), np.inf, np.float32)
         for place, slot in enumerate(slots):
@@ -151,7 +158,7 @@ class Visit:
 
     place: int
     """Which of the T slots."""
-    rows: IntArray
+    rows: IntArray | slice
     """Which of the N requests."""
     logits: FloatArray
     """(rows, R, A)"""

@@ -238,14 +238,15 @@ class Policy:
                 places = _uniform_places(unit, card.elements)
             else:
                 places = solved.winners[int(unit[1] * self.num_draws)].tolist()
-            slot_propensities, propensity = self._propensities(solved, places)
+            agree_MT = _agreeing(solved, places)
+            slot_propensities, propensity = self._propensities(solved, agree_MT)
             choices.append(
                 Choice(
                     creative={n: ids[i] for n, ids, i in zip(card.names, card.elements, places, strict=True)},
                     slot_propensities=dict(zip(card.names, slot_propensities, strict=True)),
                     propensity=propensity,
                     holdout=holdout,
-                    expected_ctr=self._expected_ctr(request, solved, places),
+                    expected_ctr=self._expected_ctr(request, solved, places, agree_MT),
                 )
             )
         return choices
@@ -266,7 +267,7 @@ class Policy:
         """Return `propensity` for each pair of a request and a creative."""
         out = []
         for solved, creative in zip(self._solve(requests), creatives, strict=True):
-            slot_propensities, joint = self._propensities(solved, solved.card.places(creative))
+            slot_propensities, joint = self._propensities(solved, _agreeing(solved, solved.card.places(creative)))
             out.append((dict(zip(solved.card.names, slot_propensities, strict=True)), joint))
         return out
 
@@ -277,7 +278,8 @@ class Policy:
             ValueError: If the creative does not fill each slot with one of its candidates.
         """
         (solved,) = self._solve([request])
-        return self._expected_ctr(request, solved, solved.card.places(creative))
+        places = solved.card.places(creative)
+        return self._expected_ctr(request, solved, places, _agreeing(solved, places))
 
     def winners(self, requests: Sequence[DecisionRequest]) -> list[IntArray]:
         """Return for each request the (M, T) places of e^(m) among the candidates of its slots."""
@@ -310,7 +312,7 @@ class Policy:
         card = self._card_of(request)
         with self._lock:
             deck, (row,) = self._deal([card])
-            main = deck.main(np.array([row]), self._effects.context_weights(context_C[None]), context_C[None])
+            main = self._main(deck, np.array([row]), context_C[None])
             narrow = None if pair is not None else deck.pair_effects(row)
         deviation = self._effects.context_deviation(card.index, context_C, self.settings.noise_seed)
         wide = [widened(main_1LA[0], scale) + dev_LA for main_1LA, dev_LA in zip(main, deviation, strict=True)]
@@ -331,12 +333,14 @@ class Policy:
         with self._lock:
             deck, (row,) = self._deal([card])
             context_1C = self.spec.context_matrix([request.context])
-            main = deck.main(np.array([row]), self._effects.context_weights(context_1C), context_1C)
+            main = self._main(deck, np.array([row]), context_1C)
             return deck.shares(row, [main_NLA[0] for main_NLA in main], places)
 
-    def _expected_ctr(self, request: DecisionRequest, solved: _Solved, places: Sequence[int]) -> float:
+    def _expected_ctr(
+        self, request: DecisionRequest, solved: _Solved, places: Sequence[int], agree_MT: NDArray[np.bool_]
+    ) -> float:
         """Return the click probability under the posterior mean."""
-        (same_M,) = (solved.winners == np.asarray(places)).all(1).nonzero()
+        (same_M,) = agree_MT[:, -1].nonzero()
         if len(same_M):
             creative = float(solved.logits[same_M[0]])
         else:
@@ -345,8 +349,8 @@ class Policy:
         logit = solved.appeal + creative
         return 1.0 / (1.0 + math.exp(-min(max(logit, -30.0), 30.0)))
 
-    def _propensities(self, solved: _Solved, places: Sequence[int]) -> tuple[list[float], float]:
-        agree_T = np.logical_and.accumulate(solved.winners == np.asarray(places), axis=1).sum(0).tolist()
+    def _propensities(self, solved: _Solved, agree_MT: NDArray[np.bool_]) -> tuple[list[float], float]:
+        agree_T = np.count_nonzero(agree_MT, axis=0).tolist()
         epsilon, uniform, earlier, out = self.settings.epsilon, 1.0, 1.0, []
         for count, ids in zip(agree_T, solved.card.elements, strict=True):
             uniform /= len(ids)
@@ -441,7 +445,6 @@ class Policy:
                 base_LA[:] = 0.0
                 pull_ALTF[:] = 0.0
                 deck.by_context[t][row] = 0.0
-                deck.pairs[t][row] = 0.0
                 continue
             weights_LF1 = effects.content_LSF[:, slot, :, None]
             base_LA[:] = np.matmul(content_LAF, weights_LF1)[..., 0] + effects.own(index_A)
@@ -455,10 +458,14 @@ class Policy:
             else:
                 pull_ALTF[:] = 0.0
                 pull_ALTF[:, :, targets] = pull_ALSF[:, :, known]
-            if deck.has_pairs:
-                pairs_AB = effects.pairs(index_A, np.concatenate(card.index))
-                pairs_AB[:, deck.spans[t]] = 0.0
-                deck.pairs[t][row] = pairs_AB
+        if deck.has_pairs:
+            table_ZZ = deck.all_pairs[row]
+            for t, span in enumerate(deck.spans):
+                table_ZZ[span, span] = 0.0
+                if t:  # with the slots before; the other way round it is the same
+                    before = slice(0, span.start)
+                    table_ZZ[span, before] = effects.pairs(card.index[t], np.concatenate(card.index[:t]))
+                    table_ZZ[before, span] = table_ZZ[span, before].T
 
     def problem(self, request: DecisionRequest) -> Problem:
         """Return what a search of one request works on, until the next one is prepared: for benchmarks of searches."""
@@ -472,8 +479,12 @@ class Policy:
         rows_N = np.array(rows)
         context_NC = self.spec.context_matrix([request.context for request in requests])
         product_N = np.array([self.spec.product_index.get(request.product_id, -1) for request in requests])
-        main = deck.main(rows_N, self._effects.context_weights(context_NC), context_NC)
-        return Problem(deck, rows_N, main, product_N, context_NC)
+        content = deck.content_of(rows_N)
+        main = deck.main(rows_N, content, self._effects.context_weights(context_NC), context_NC)
+        return Problem(deck, rows_N, content, main, product_N, context_NC)
+
+    def _main(self, deck: Deck, rows_N: IntArray, context_NC: FloatArray) -> list[FloatArray]:
+        return deck.main(rows_N, deck.content_of(rows_N), self._effects.context_weights(context_NC), context_NC)
 
     def _search(self, items: Sequence[tuple[bytes, tuple[DecisionRequest, Card]]]) -> dict[bytes, _Solved]:
         """Find e^(m) of every draw for requests of one shape."""
@@ -518,6 +529,12 @@ class _Solved:
     """(M,) creative logits of these under the posterior mean."""
     appeal: float
     """Logit of the product and the context alone."""
+
+
+def _agreeing(solved: _Solved, places: Sequence[int]) -> NDArray[np.bool_]:
+    """Return which winners share the choices of a creative up to each slot, (M, T)."""
+    agree_MT: NDArray[np.bool_] = np.logical_and.accumulate(solved.winners == np.asarray(places), axis=1)
+    return agree_MT
 
 
 def _request_key(request: DecisionRequest) -> tuple[bytes, bytes]:

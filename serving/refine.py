@@ -37,18 +37,21 @@ def relay(problem: Problem, start_NRT: IntArray, max_sweeps: int) -> IntArray:
 def exchange(draws: Ascent, mean: Ascent, found_NMT: IntArray) -> IntArray:
     """Let every draw go on from the best that any of them found, (N, M, T)."""
     pool_NPT = _distinct(found_NMT, mean.values(found_NMT[:, None])[:, 0])
-    shape = *found_NMT.shape[:2], pool_NPT.shape[1], found_NMT.shape[2]
-    known = np.concatenate([found_NMT[:, :, None], np.broadcast_to(pool_NPT[:, None], shape)], 2)
+    (num, num_draws, num_slots), num_known = found_NMT.shape, 1 + pool_NPT.shape[1]
+    known = np.empty((num, num_draws, num_known, num_slots), np.int64)
+    known[:, :, 0] = found_NMT
+    known[:, :, 1:] = pool_NPT[:, None]
     return draws.climb(draws.best(known)[:, :, None], LAST_SWEEPS)
 
 
 def _distinct(found_NMT: IntArray, value_NM: FloatArray) -> IntArray:
     """Return the P best creatives of each request, equal ones as far as possible only once, (N, P, T)."""
-    order_NM = np.argsort(-value_NM, axis=1, kind="stable")
-    sorted_NM = np.take_along_axis(value_NM, order_NM, 1)
+    row_N1 = np.arange(len(found_NMT))[:, None]
+    order_NM = (-value_NM).argsort(axis=1, kind="stable")
+    sorted_NM = value_NM[row_N1, order_NM]
     # Equal creatives have equal values, computed by the same steps.
-    repeats_NM = np.pad(sorted_NM[:, 1:] == sorted_NM[:, :-1], ((0, 0), (1, 0)))
-    kept_NP = np.argsort(repeats_NM, axis=1, kind="stable")[:, :POOL]
-    first_NP = np.take_along_axis(order_NM, kept_NP, 1)
-    pool_NPT: IntArray = np.take_along_axis(found_NMT, first_NP[:, :, None], 1)
+    repeats_NM = np.zeros(value_NM.shape, np.bool_)
+    np.equal(sorted_NM[:, 1:], sorted_NM[:, :-1], out=repeats_NM[:, 1:])
+    kept_NP = repeats_NM.argsort(axis=1, kind="stable")[:, :POOL]
+    pool_NPT: IntArray = found_NMT[row_N1, order_NM[row_N1, kept_NP]]
     return pool_NPT

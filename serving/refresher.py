@@ -43,7 +43,7 @@ def described_elements(blob: bytes) -> dict[str, frozenset[str]]:
     """
     tensors = unpack_tensors(blob)
     spec = FeatureSpec.from_json(tensors["vocabulary"].tobytes())
-    has_content: list[bool] = [bool(row.any()) for row in tensors["element_content"]]
+    has_content = np.any(tensors["element_content"], axis=1)
     found: dict[str, set[str]] = {}
     names = {index: name for name, index in spec.slot_index.items()}
     for (slot, element_id), row in spec.element_index.items():

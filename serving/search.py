@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,8 @@ MAX_CARDS = 4096
 MAX_PAIRED = 160
 """Candidates of a card, over all slots, up to which the effects of pairs of elements are searched: they take a table of
 the square of it. Wider cards are searched by content, main effects and pairs of content alone."""
+PART_FROM: Final = 256
+"""Climbers from which those at rest are left behind once they are half; with fewer that takes more than it saves."""
 
 Shape = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -76,28 +79,44 @@ class Deck:
         card_bytes = 4 * total * (numbers + (total if self.has_pairs else 0))
         self.capacity = max(1, min(MAX_CARDS, DECK_BYTES // card_bytes))
         self.rows: dict[bytes, int] = {}
-        k, sizes = self.capacity, self.sizes
-        # np.empty: memory is taken from the system when a row is first written.
-        self.content = [np.empty((k, num_draws, a, content_size), np.float32) for a in sizes]
+        k, sizes, ends = self.capacity, self.sizes, np.cumsum(self.sizes).tolist()
+        self.spans = [slice(end - a, end) for end, a in zip(ends, sizes, strict=True)]
+        """Which of all candidates are those of a slot."""
+        later, earlier = np.tril_indices(num_slots, -1)
+        self.slot_pairs = later, earlier
+        self.size_T = np.array(sizes)
+        self.first_T = np.array([0, *ends[:-1]])
+        """How many candidates the slots before have."""
+        # np.empty: memory is taken from the system when a row is first written. Slot after slot, as a product over the
+        # candidates of a slot takes half the time where they lie together; in one array, so that one gather serves all.
+        self.all_content = np.empty(k * num_draws * total * content_size, np.float32)
+        content = np.split(self.all_content, [k * num_draws * content_size * end for end in ends[:-1]])
+        self.content = [c.reshape(k, num_draws, a, content_size) for c, a in zip(content, sizes, strict=True)]
         """(K, L, A, F): content of a candidate as each draw sees it."""
         self.keys = [np.empty((k, a, key_size), np.float32) for a in sizes]
         self.base = [np.empty((k, num_draws, a), np.float32) for a in sizes]
         """(K, L, A): main effect of a candidate without context."""
         self.by_context = [np.empty((k, a, num_columns), np.float32) for a in sizes]
         """(K, A, C): effect of the candidate itself with each context column."""
-        self.pulls = [np.empty((k, a, num_draws, num_slots, content_size), np.float32) for a in sizes]
+        self.all_pulls = np.empty((k, total, num_draws, num_slots, content_size), np.float32)
+        self.pulls = [self.all_pulls[:, span] for span in self.spans]
         """(K, A, L, T, F): what choosing a candidate adds to the content weights of every slot."""
-        self.pairs = [np.empty((k, a, total if self.has_pairs else 0), np.float32) for a in sizes]
+        self.all_pairs = np.empty((k, total, total if self.has_pairs else 0), np.float32)
+        self.pairs = [self.all_pairs[:, span] for span in self.spans]
         """(K, A, all candidates): what choosing a candidate adds to each candidate of every slot."""
-        ends = np.cumsum(sizes).tolist()
-        self.spans = [slice(end - a, end) for end, a in zip(ends, sizes, strict=True)]
-        """Which of all candidates are those of a slot."""
 
-    def main(self, rows_N: IntArray, weights_NLSF: FloatArray, context_NC: FloatArray) -> list[FloatArray]:
+    def content_of(self, rows_N: IntArray) -> list[FloatArray]:
+        """Return the content (N, L, A, F) of each slot's candidates."""
+        return [_rows(content_KLAF, rows_N) for content_KLAF in self.content]
+
+    def main(
+        self, rows_N: IntArray, content: Sequence[FloatArray], weights_NLSF: FloatArray, context_NC: FloatArray
+    ) -> list[FloatArray]:
         """Return the main effects (N, L, A) of each slot's candidates.
 
         Args:
             rows_N: Cards.
+            content: Their content, from `content_of`.
             weights_NLSF: What the contexts add to the content weights.
             context_NC: The contexts.
         """
@@ -105,9 +124,8 @@ class Deck:
         for t, slot in enumerate(self.slots):
             base_NLA = self.base[t][rows_N]
             if slot >= 0:
-                weights_NLF1 = weights_NLSF[:, :, slot, :, None]
-                base_NLA += np.matmul(self.content[t][rows_N], weights_NLF1)[..., 0]
-                base_NLA += np.matmul(self.by_context[t][rows_N], context_NC[:, :, None])[:, None, :, 0]
+                base_NLA += np.matmul(content[t], weights_NLSF[:, :, slot, :, None])[..., 0]
+                base_NLA += np.matmul(_rows(self.by_context[t], rows_N), context_NC[:, :, None])[:, None, :, 0]
             out.append(base_NLA)
         return out
 
@@ -151,6 +169,8 @@ class Problem:
     deck: Deck
     rows: IntArray
     """(N,) row of each request's card in the deck."""
+    content: list[FloatArray]
+    """(N, L, A, F) content of each slot's candidates."""
     main: list[FloatArray]
     """(N, L, A) main effects of each slot's candidates."""
     product: IntArray
@@ -161,7 +181,7 @@ class Problem:
     @property
     def asked(self) -> Asked:
         """The same requests as the generator sees them."""
-        keys = [keys_KAd[self.rows] for keys_KAd in self.deck.keys]
+        keys = [_rows(keys_KAd, self.rows) for keys_KAd in self.deck.keys]
         return Asked(self.deck.slots, keys, self.product, self.context)
 
     @property
@@ -172,76 +192,73 @@ class Problem:
 
     def on_draws(self) -> Ascent:
         """Return the search under each of the M draws."""
-        return Ascent(self.deck, self.rows, self.main, slice(0, -1))
+        return Ascent(self, slice(0, -1))
 
     def on_mean(self) -> Ascent:
         """Return the search under the posterior mean alone, as if it were the only draw."""
-        return Ascent(self.deck, self.rows, self.main, slice(-1, None))
+        return Ascent(self, slice(-1, None))
 
 
 class Ascent:
     """Searches the best creatives of N requests under each of M draws."""
 
-    def __init__(self, deck: Deck, rows_N: IntArray, main: Sequence[FloatArray], draws: slice) -> None:
-        """Take the prepared cards and their main effects (N, L, A) in their contexts, and which draws to look at."""
+    def __init__(self, problem: Problem, draws: slice) -> None:
+        """Take the requests, and which draws to look at."""
         self.num_scores = 0
         """Scores of single elements that were needed so far; a start at rest needs none."""
-        _, _, all_draws, self._num_slots, self._size = deck.pulls[0].shape
-        draw_L = np.arange(all_draws)[draws]
-        self._spans = deck.spans
-        self._content = [content_KLAF[rows_N][:, draws] for content_KLAF in deck.content]
-        self._main = [np.ascontiguousarray(main_NLA[:, draws]) for main_NLA in main]
-        # Gathers go through flat views: np.take of rows took 1.5 us where indexing by arrays took 1.9 (32 x 2 rows);
-        # row = first + candidate * stride.
-        self._flat_pulls = [p.reshape(-1, self._num_slots, self._size) for p in deck.pulls]
-        self._flat_content = [c.reshape(-1, self._size) for c in self._content]
-        self._flat_main = [m.reshape(-1) for m in self._main]
-        first_NL = np.arange(len(rows_N) * len(draw_L)).reshape(len(rows_N), -1)
-        self._stride = all_draws
-        self._first_pull = [(rows_N[:, None] * p.shape[1] * all_draws + draw_L)[:, :, None] for p in deck.pulls]
-        self._first_place = [(first_NL * m.shape[2])[:, :, None] for m in main]
-        self._flat_pairs = [p.reshape(-1, p.shape[2]) for p in deck.pairs] if deck.has_pairs else None
-        self._first_pair = [(rows_N * p.shape[1])[:, None, None] for p in deck.pairs]
-
-    def _pull(self, t: int, chosen_NLR: IntArray) -> FloatArray:
-        """Return what choices in slot t add to the content weights of every slot, (N, L, R, T, F)."""
-        return np.take(self._flat_pulls[t], self._first_pull[t] + chosen_NLR * self._stride, axis=0)
-
-    def _beside(self, t: int, chosen_NLR: IntArray) -> FloatArray | None:
-        """Return what choices in slot t add to every candidate as its partners, (N, L, R, all candidates)."""
-        if self._flat_pairs is None:
-            return None
-        return np.take(self._flat_pairs[t], self._first_pair[t] + chosen_NLR, axis=0)
+        deck, rows_N = problem.deck, problem.rows
+        _, num_all, _, self._size = problem.content[0].shape
+        draw_L = np.arange(num_all)[draws]
+        self._spans, self._slot_pairs, self._num_draws = deck.spans, deck.slot_pairs, num_all
+        self._content = [content_NLAF[:, draws] for content_NLAF in problem.content]
+        self._main = [main_NLA[:, draws] for main_NLA in problem.main]
+        # Gathers go through flat views: np.take of rows took 1.5 us where indexing by arrays took 1.9 (32 x 2 rows).
+        # Candidates are numbered over all slots: their place is that in their slot plus the slot's first.
+        self._first_T = deck.first_T
+        self._total = deck.spans[-1].stop
+        self._flat_pulls = deck.all_pulls.reshape(-1, len(deck.spans) * self._size)
+        self._first_pull = (rows_N * (self._total * num_all))[:, None] + draw_L
+        self._flat_pairs = deck.all_pairs.reshape(-1, self._total) if deck.has_pairs else None
+        self._first_pair = (rows_N * self._total)[:, None]
+        self._flat_content = deck.all_content.reshape(-1, self._size)
+        self._flat_main = np.concatenate([main_NLA.reshape(-1) for main_NLA in problem.main])
+        # Here slot comes after slot, each with a group of candidates for every card and draw.
+        groups_NL1 = (rows_N[:, None] * num_all + draw_L)[:, :, None]
+        self._first_content = groups_NL1 * deck.size_T + (deck.capacity * num_all - 1) * deck.first_T
+        groups_NL1 = (np.arange(len(rows_N))[:, None] * num_all + draw_L)[:, :, None]
+        self._first_main = groups_NL1 * deck.size_T + (len(rows_N) * num_all - 1) * deck.first_T
 
     def values(self, chosen_NLRT: IntArray) -> FloatArray:
         """Return the creative logits (N, L, R) of R creatives on each draw."""
-        slots = range(self._num_slots)
-        total_NLRTF = sum((self._pull(t, chosen_NLRT[..., t]) for t in slots[1:]), self._pull(0, chosen_NLRT[..., 0]))
         self.num_scores += chosen_NLRT.size
-        value = self._values(chosen_NLRT, total_NLRTF, None)
+        return self._values(chosen_NLRT + self._first_T)
+
+    def _values(self, place_NLRT: IntArray) -> FloatArray:
+        """Return the creative logits (N, L, R); pulls count each pair twice, hence the half."""
+        total_NLRX = self._sum_of_pulls(place_NLRT)
+        content = self._flat_content.take(self._first_content[:, :, None] + place_NLRT, axis=0)
+        total_NLRX *= content.reshape(total_NLRX.shape)
+        main_NLRT = self._first_main[:, :, None] + place_NLRT
+        # Added up in the order of the slots.
+        value: FloatArray = np.add.reduce(self._flat_main.take(main_NLRT.transpose(3, 0, 1, 2)))
+        value += 0.5 * np.add.reduce(total_NLRX, -1)
         if self._flat_pairs is not None:
-            # Single numbers, where an ascent takes the rows of all partners: here nothing else is asked of them.
-            for t, pairs in enumerate(self._flat_pairs):
-                row_NLR = (self._first_pair[t] + chosen_NLRT[..., t]) * pairs.shape[1]
-                for s in range(t):
-                    value += np.take(pairs.reshape(-1), row_NLR + (self._spans[s].start + chosen_NLRT[..., s]))
+            later, earlier = self._slot_pairs
+            row_NLRT = self._first_pair[:, :, None, None] + place_NLRT
+            row_NLRT *= self._total
+            row_QNLR = row_NLRT.transpose(3, 0, 1, 2)[later] + place_NLRT.transpose(3, 0, 1, 2)[earlier]
+            for pair_NLR in self._flat_pairs.reshape(-1).take(row_QNLR):
+                value += pair_NLR
         return value
 
-    def _values(self, chosen_NLRT: IntArray, total_NLRTF: FloatArray, beside: FloatArray | None) -> FloatArray:
-        """Return the creative logits (N, L, R); pulls and partners count each pair twice, hence the half."""
-        value: FloatArray = np.zeros(chosen_NLRT.shape[:3], np.float32)
-        content_NLRTF = np.empty_like(total_NLRTF)
-        for t in range(self._num_slots):
-            chosen_NLR = chosen_NLRT[..., t]
-            place = self._first_place[t] + chosen_NLR
-            value += np.take(self._flat_main[t], place)
-            content_NLRTF[:, :, :, t] = np.take(self._flat_content[t], place, axis=0)
-            if beside is not None:
-                partners = beside[..., self._spans[t]]
-                value += 0.5 * np.take_along_axis(partners, chosen_NLR[..., None], -1)[..., 0]
-        content_NLRTF *= total_NLRTF
-        value += 0.5 * content_NLRTF.reshape(*value.shape, -1).sum(-1)
-        return value
+    def _sum_of_pulls(self, place_NLRT: IntArray) -> FloatArray:
+        """Return what creatives add to the content weights of all slots, slot after slot, (N, L, R, T F)."""
+        row_NLRT = place_NLRT * self._num_draws
+        row_NLRT += self._first_pull[:, :, None, None]
+        total: FloatArray = self._flat_pulls.take(row_NLRT[..., 0], axis=0)
+        for t in range(1, row_NLRT.shape[3]):
+            total += self._flat_pulls.take(row_NLRT[..., t], axis=0)
+        return total
 
     def best(self, chosen_NLRT: IntArray) -> IntArray:
         """Return the best of R creatives on each draw, (N, L, T)."""
@@ -249,41 +266,131 @@ class Ascent:
 
     def climb(self, start_NLRT: IntArray, max_sweeps: int) -> IntArray:
         """Improve R starts, slot by slot, until nothing moves; return the best end on each draw, (N, L, T)."""
-        chosen_NLRT = start_NLRT.copy()
-        num_slots = chosen_NLRT.shape[3]
-        pulls = [self._pull(t, chosen_NLRT[..., t]) for t in range(num_slots)]
-        partners = [self._beside(t, chosen_NLRT[..., t]) for t in range(num_slots)]
-        total_NLRTF: FloatArray = sum(pulls[1:], start=pulls[0].copy())
-        beside = _sum(partners)
-        # Steps since a start last moved; one that no slot moved any more is at rest for good.
-        still_NLR = np.zeros(chosen_NLRT.shape[:3], np.int64)
+        num_slots = start_NLRT.shape[3]
+        climbers = self._climbers(start_NLRT)
+        ends_TG = np.empty((num_slots, climbers.last.size), np.int64)
+        steps_G = np.empty(climbers.last.size, np.int64)
+        rows_G = np.arange(climbers.last.size)
+        step, moved_at = -1, 0
         for step in range(max_sweeps * num_slots):
-            t = step % num_slots
-            value = np.matmul(total_NLRTF[:, :, :, t], self._content[t].transpose(0, 1, 3, 2))
-            value += self._main[t][:, :, None]
-            if beside is not None:
-                value += beside[..., self._spans[t]]
-            self.num_scores += int((still_NLR < num_slots).sum()) * value.shape[3]
-            best_NLR = value.argmax(-1)
-            moved_NLR = best_NLR != chosen_NLRT[..., t]
-            still_NLR = np.where(moved_NLR, 1, still_NLR + 1)
-            # A request that has come to rest adds exact zeros while others in the batch still move.
-            if moved_NLR.any():
-                chosen_NLRT[..., t] = best_NLR
-                pull, partner = self._pull(t, best_NLR), self._beside(t, best_NLR)
-                total_NLRTF += pull - pulls[t]
-                pulls[t] = pull
-                if beside is not None and partner is not None:
-                    beside += partner - partners[t]
-                    partners[t] = partner
-            elif (still_NLR >= num_slots).all():
+            if step % num_slots == 0 and climbers.last.size >= PART_FROM:
+                moving = np.flatnonzero(step - climbers.last < num_slots)
+                if 2 * len(moving) <= climbers.last.size:
+                    ends_TG[:, rows_G], steps_G[rows_G] = climbers.ends(num_slots)
+                    rows_G, climbers = rows_G[moving], climbers.part(moving)
+            if self._step(climbers, step % num_slots, step):
+                moved_at = step
+            elif step - moved_at + 1 >= num_slots:
                 break
-        return _best(chosen_NLRT, self._values(chosen_NLRT, total_NLRTF, beside))
+        ends_TG[:, rows_G], steps_G[rows_G] = climbers.ends(num_slots)
+        steps_G = np.minimum(steps_G, step + 1)
+        self.num_scores += int((steps_G // num_slots * self._total + self._first_T[steps_G % num_slots]).sum())
+        ends_NLRT = ends_TG.T.reshape(start_NLRT.shape)
+        if start_NLRT.shape[2] == 1:
+            return ends_NLRT[:, :, 0]
+        return _best(ends_NLRT, self._values(ends_NLRT + self._first_T))
+
+    def _climbers(self, start_NLRT: IntArray) -> _Climbers:
+        chosen_TNLR = start_NLRT.transpose(3, 0, 1, 2).copy()
+        place_TNLR = chosen_TNLR + self._first_T[:, None, None, None]
+        last = np.zeros(start_NLRT.shape[:3], np.int64)
+        # For each start its own, so that some of them can be taken.
+        first_pull, first_pair = self._first_pull[:, :, None] + last, self._first_pair[:, :, None] + last
+        pulls = self._flat_pulls.take(first_pull + place_TNLR * self._num_draws, axis=0)
+        partners = None if self._flat_pairs is None else self._flat_pairs.take(first_pair + place_TNLR, axis=0)
+        return _Climbers(
+            chosen=chosen_TNLR,
+            last=last,
+            content=[content_NLAF.swapaxes(2, 3) for content_NLAF in self._content],
+            main=[main_NLA[:, :, None] for main_NLA in self._main],
+            first_pull=first_pull,
+            first_pair=first_pair,
+            pulls=pulls,
+            total=np.add.reduce(pulls),
+            partners=partners,
+            beside=None if partners is None else np.add.reduce(partners),
+        )
+
+    def _step(self, climbers: _Climbers, t: int, step: int) -> bool:
+        """Give every climber its best candidate of a slot; return whether one has moved."""
+        span, size, chosen = self._spans[t], self._size, climbers.chosen[t]
+        value = np.matmul(climbers.total[..., t * size : (t + 1) * size], climbers.content[t])
+        value += climbers.main[t]
+        if climbers.beside is not None:
+            value += climbers.beside[..., span]
+        best = value.argmax(-1)
+        moved = best != chosen
+        num_moved = np.count_nonzero(moved)
+        if not num_moved:
+            return False
+        climbers.last[moved] = step
+        chosen[...] = best
+        # The others would add exact zeros, which is quicker for a few.
+        at = moved.nonzero() if moved.size >= PART_FROM and 3 * num_moved < moved.size else ...
+        place, old = best[at] + span.start, climbers.pulls[t]
+        pull = self._flat_pulls.take(climbers.first_pull[at] + place * self._num_draws, axis=0)
+        climbers.total[at] += pull - old[at]
+        old[at] = pull
+        if self._flat_pairs is not None and climbers.partners is not None and climbers.beside is not None:
+            old = climbers.partners[t]
+            partner = self._flat_pairs.take(climbers.first_pair[at] + place, axis=0)
+            climbers.beside[at] += partner - old[at]
+            old[at] = partner
+        return True
 
 
-def _sum(parts: Sequence[FloatArray | None]) -> FloatArray | None:
-    arrays = [part for part in parts if part is not None]
-    return sum(arrays[1:], start=arrays[0].copy()) if arrays else None
+@dataclass(slots=True)
+class _Climbers:
+    """Starts on their way up. The leading axes (...) are (N, L) and R starts at first, and (G,) and 1 for a part."""
+
+    chosen: IntArray
+    """(T, ..., R) the place of each slot's choice among its candidates."""
+    last: IntArray
+    """(..., R) step in which each moved last; one that no slot moves any more is at rest for good."""
+    content: list[FloatArray]
+    """Of each slot (..., F, A)."""
+    main: list[FloatArray]
+    """Of each slot (..., 1, A)."""
+    first_pull: IntArray
+    first_pair: IntArray
+    """(..., R) where the rows of each begin in the deck."""
+    pulls: FloatArray
+    """(T, ..., R, T F): what the choice in each slot adds to the content weights of every slot."""
+    total: FloatArray
+    """(..., R, T F) sum of the pulls."""
+    partners: FloatArray | None
+    """(T, ..., R, all candidates): what it adds to every candidate as its partner; None without effects of pairs."""
+    beside: FloatArray | None
+    """(..., R, all candidates) sum of the partners."""
+
+    def ends(self, num_slots: int) -> tuple[IntArray, IntArray]:
+        """Return where each is, (T, G), and after how many steps it was at rest, (G,)."""
+        return self.chosen.reshape(num_slots, -1), self.last.reshape(-1) + num_slots
+
+    def part(self, rows_G: IntArray) -> _Climbers:
+        """Return some of them, each with content and main effects of its own."""
+        index: Any = np.unravel_index(rows_G, self.last.shape)
+        card, of_slots = index[:-1], (slice(None), *index)
+        return _Climbers(
+            chosen=self.chosen[of_slots][:, :, None],
+            last=self.last[index][:, None],
+            # Swapped for the gather alone: in another layout the products would be rounded differently.
+            content=[content.swapaxes(-1, -2)[card].swapaxes(-1, -2) for content in self.content],
+            main=[main[card] for main in self.main],
+            first_pull=self.first_pull[index][:, None],
+            first_pair=self.first_pair[index][:, None],
+            pulls=self.pulls[of_slots][:, :, None],
+            total=self.total[index][:, None],
+            partners=None if self.partners is None else self.partners[of_slots][:, :, None],
+            beside=None if self.beside is None else self.beside[index][:, None],
+        )
+
+
+def _rows(array: FloatArray, rows_N: IntArray) -> FloatArray:
+    """Return rows of an array; a single one as a view of it."""
+    if len(rows_N) == 1:
+        return array[rows_N[0] : rows_N[0] + 1]
+    return array.take(rows_N, axis=0)
 
 
 def _best(chosen_NLRT: IntArray, value_NLR: FloatArray) -> IntArray:

@@ -86,7 +86,8 @@ class Scene:
         return rng.permuted(np.broadcast_to(np.arange(self.num_known), shape), axis=2)[:, :, : self.num_candidates]
 
     @cached_property
-    def _candidate_ids(self) -> list[dict[str, list[str]]]:
+    def candidate_ids(self) -> list[dict[str, list[str]]]:
+        """Slot -> ids of the elements that each product has."""
         return [self._ids(candidates_SA) for candidates_SA in self.candidates]
 
     def _ids(self, candidates_SA: IntArray) -> dict[str, list[str]]:
@@ -106,13 +107,13 @@ class Scene:
         label_N = rng.random(n) < self.world.click_probability(requests, chosen_NS, 0.0)
         slots, share = self.world.config.slots, 1.0 / self.num_candidates
         contexts = zip(drawn.device, drawn.segment, drawn.hour, strict=True)
-        ids = self._candidate_ids
+        ids = self.candidate_ids
         return ExampleBatch.from_columns(
             {
                 "decision_id": [f"{number}.{i}" for i in range(n)],
                 "occurred_at_ms": 1_000 * number + np.arange(n) // BATCH,
                 "product_id": [f"p{p}" for p in product_N],
-                "context": [encode_context(_context(*row)) for row in contexts],
+                "context": [encode_context(context_of(*row)) for row in contexts],
                 "candidates": [ids[p] for p in product_N],
                 "creative": [
                     {slot: ids[p][slot][place] for slot, place in zip(slots, places_S, strict=True)}
@@ -148,7 +149,7 @@ class Scene:
             new_A[:num_new] = self.num_known + rng.permutation(self.num_known)[:num_new]
         ids = self._ids(candidates_SA)
         content = {element: self.elements[element] for row in ids.values() for element in row}
-        context = _context(int(rng.integers(len(DEVICES))), int(rng.integers(len(SEGMENTS))), int(rng.integers(24)))
+        context = context_of(int(rng.integers(len(DEVICES))), int(rng.integers(len(SEGMENTS))), int(rng.integers(24)))
         return DecisionRequest(f"p{product}", context, ids, content)
 
     def learn(self, impressions: int, generator: GeneratorSettings, say: Callable[[str], None]) -> OnlineLearner:
@@ -165,5 +166,6 @@ class Scene:
         return learner
 
 
-def _context(device: int, segment: int, hour: int) -> dict[str, ContextValue]:
+def context_of(device: int, segment: int, hour: int) -> dict[str, ContextValue]:
+    """Return the context of a request: indices into `DEVICES` and `SEGMENTS`, and the hour."""
     return {"device": DEVICES[device], "segment": SEGMENTS[segment], "hour": int(hour)}

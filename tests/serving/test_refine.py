@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 
 from serving.refine import POOL, _distinct, exchange, relay
-from serving.search import Ascent, Deck, Problem
+from serving.search import PART_FROM, Ascent, Deck, Problem
 
 SIZES, DRAWS, F, N = (4, 5, 3), 6, 3, 2
 
 
-def problem_of(seed: int = 0, *, pairs: float = 1.0) -> Problem:
-    """Two requests over two cards with random effects, those of pairs symmetric as a model's are."""
+def problem_of(seed: int = 0, *, pairs: float = 1.0, num_requests: int = N) -> Problem:
+    """Requests over as many cards with random effects, those of pairs symmetric as a model's are."""
     rng, total, slots = np.random.default_rng(seed), sum(SIZES), len(SIZES)
     deck = Deck((tuple(range(slots)), SIZES), DRAWS + 1, F, 2, 0)
     weights = 0.5 * rng.standard_normal((slots, slots, DRAWS + 1, F, F)).astype(np.float32)
-    for row in range(N):
+    for row in range(num_requests):
         between = pairs * rng.standard_normal((total, total)).astype(np.float32)
         between += between.T
         for t, size in enumerate(SIZES):
@@ -34,8 +34,10 @@ def problem_of(seed: int = 0, *, pairs: float = 1.0) -> Problem:
             span = deck.spans[t]
             deck.pairs[t][row] = between[span]
             deck.pairs[t][row][:, span] = 0.0
-    main = [np.stack([deck.base[t][row] for row in range(N)]) for t in range(slots)]
-    return Problem(deck, np.arange(N), main, np.full(N, -1), np.zeros((N, 0), np.float32))
+    rows = np.arange(num_requests)
+    main = [deck.base[t][rows] for t in range(slots)]
+    context = np.zeros((num_requests, 0), np.float32)
+    return Problem(deck, rows, deck.content_of(rows), main, np.full(num_requests, -1), context)
 
 
 def every() -> np.ndarray[Any, Any]:
@@ -90,6 +92,40 @@ def test_exchange_hands_the_best_of_one_draw_to_all() -> None:
     found = np.zeros((N, DRAWS, len(SIZES)), np.int64)
     found[:, 3] = 1
     assert (exchange(problem.on_draws(), problem.on_mean(), found) == 1).all()
+
+
+def plain_ascent(problem: Problem, n: int, m: int, chosen: list[int], max_sweeps: int) -> tuple[list[int], int]:
+    """One request under one draw, slot by slot, and how many scores that took."""
+    deck, row, num_slots, still, num_scores = problem.deck, problem.rows[n], len(SIZES), 0, 0
+    for step in range(max_sweeps * num_slots):
+        t = step % num_slots
+        others = [s for s in range(num_slots) if s != t]
+        score = problem.main[t][n, m].astype(np.float64)
+        for s in others:
+            score = score + deck.content[t][row, m] @ deck.pulls[s][row, chosen[s], m, t].astype(np.float64)
+            score += deck.pairs[s][row, chosen[s], deck.spans[t]]
+        num_scores += SIZES[t]
+        still = still + 1 if score.argmax() == chosen[t] else 1
+        chosen[t] = int(score.argmax())
+        if still == num_slots:
+            break
+    return chosen, num_scores
+
+
+@pytest.mark.parametrize("num_requests", [1, 2 * PART_FROM // DRAWS])
+@pytest.mark.parametrize("pairs", [0.0, 1.0])
+def test_all_climb_together_as_each_does_alone(num_requests: int, pairs: float) -> None:
+    problem, rng = problem_of(pairs=pairs, num_requests=num_requests), np.random.default_rng(2)
+    start = np.stack([rng.integers(size, size=(num_requests, DRAWS)) for size in SIZES], -1)
+    ascent = problem.on_draws()
+    together, sweeps = ascent.climb(start[:, :, None], 4), []
+    for n, m in itertools.product(range(num_requests), range(DRAWS)):
+        end, num_scores = plain_ascent(problem, n, m, start[n, m].tolist(), 4)
+        assert together[n, m].tolist() == end
+        sweeps.append(num_scores)
+    assert ascent.num_scores == sum(sweeps)
+    # Some are at rest long before the others, so that the others go on alone.
+    assert num_requests == 1 or np.quantile(sweeps, 0.3) < max(sweeps) - sum(SIZES)
 
 
 def test_fewer_starts_than_draws_are_used_in_turn() -> None:
