@@ -371,6 +371,7 @@ class OnlineLearner:
                 "trait": effects.trait,
                 "trait_root": effects.trait_root,
                 "pair": effects.pair,
+                "pair_sd": effects.pair_sd,
                 "pairs": pack_pairs(effects.pairs),
             }
         )

@@ -115,6 +115,8 @@ class Effects:
     """(R, 2): pairs of elements with an effect of their own."""
     pair: NDArray[np.float32]
     """(R,): these effects."""
+    pair_sd: NDArray[np.float32]
+    """(R,): posterior standard deviations, what the memories differ by included."""
 
 
 class RewardModel:
@@ -332,7 +334,9 @@ class RewardModel:
         now = self.num_examples
         product, _ = self.rest.now("product", num_products, now)
         element, element_variance = self.rest.now("element", self._num_elements, now)
-        pair, _ = self.rest.now("pair", len(self.rest.pairs), now)
+        pair, pair_variance = (table[..., 0] for table in self.rest.now("pair", len(self.rest.pairs), now))
+        mean_pair_R = weight_K @ pair
+        pair_variance_R = weight_K @ (pair_variance + (pair - mean_pair_R) ** 2)
         root_EFF = np.zeros((self._num_elements, content_size, content_size))
         mean_EF = np.zeros((self._num_elements, content_size))
         size = self.layout.content
@@ -347,7 +351,8 @@ class RewardModel:
             trait=mean_EF.astype(np.float32),
             trait_root=root_EFF.astype(np.float32),
             pairs=self.rest.pairs,
-            pair=np.tensordot(weight_K, pair, 1)[:, 0].astype(np.float32),
+            pair=mean_pair_R.astype(np.float32),
+            pair_sd=np.sqrt(pair_variance_R).astype(np.float32),
         )
 
     def tensors(self) -> dict[str, Tensor]:

@@ -55,7 +55,7 @@ class Effects:
         self._bias = float(tensors["mean.bias"][0])
         self._context_C = tensors["mean.context"]
         self._product_PC = np.pad(tensors["product"], ((0, 1), (0, 0)))
-        self._pairs = _Pairs(unpack_pairs(tensors["pairs"]), tensors["pair"])
+        self._pairs = _Pairs(unpack_pairs(tensors["pairs"]), tensors["pair"], tensors["pair_sd"])
 
     def content_of(self, index_A: IntArray) -> FloatArray:
         """Return the content of elements under the posterior mean, (A, F); zeros at index -1."""
@@ -100,6 +100,26 @@ class Effects:
         """Return the effects of pairs of elements, (A, B); zeros where a pair has none."""
         return self._pairs.between(index_A, others_B)
 
+    def pair_deviation(self, cards: Sequence[IntArray], seed: int) -> list[list[FloatArray]]:
+        """Return full-width deviations of the effects of pairs, [t][s] with s < t, (L, A of t, B of s); mean: zeros.
+
+        Like `context_deviation` they stand in no draw that is played. Pairs that were never shown deviate by nothing.
+
+        Args:
+            cards: (A,) indices of the candidates of each slot.
+            seed: Decides the normal numbers.
+        """
+        out: list[list[FloatArray]] = []
+        for t, index_A in enumerate(cards):
+            rng = np.random.default_rng([seed, 2, t])
+            deviations = []
+            for index_B in cards[:t]:
+                sd_AB = self._pairs.deviations(index_A, index_B)
+                normal_MAB = rng.standard_normal((self.num_draws, *sd_AB.shape), dtype=np.float32)
+                deviations.append(np.pad(normal_MAB * sd_AB, ((0, 1), (0, 0), (0, 0))))
+            out.append(deviations)
+        return out
+
     def context_weights(self, context_NC: FloatArray) -> FloatArray:
         """Return what contexts add to the weights of the content, (N, L, S, F)."""
         num_draws, num_slots, size, columns = self._content_context_LSFC.shape
@@ -143,17 +163,23 @@ def _noise(
 class _Pairs:
     """Effects of pairs of elements, found by binary search."""
 
-    def __init__(self, pairs_R2: IntArray, effect_R: FloatArray) -> None:
+    def __init__(self, pairs_R2: IntArray, effect_R: FloatArray, sd_R: FloatArray) -> None:
         code_R = pairs_R2.min(1) << 32 | pairs_R2.max(1) if len(pairs_R2) else np.empty(0, np.int64)
         order = np.argsort(code_R)
-        self._code_R, self._effect_R = code_R[order], effect_R[order]
+        self._code_R, self._effect_R, self._sd_R = code_R[order], effect_R[order], sd_R[order]
 
     def between(self, index_A: IntArray, others_B: IntArray) -> FloatArray:
+        return self._look_up(self._effect_R, index_A, others_B)
+
+    def deviations(self, index_A: IntArray, others_B: IntArray) -> FloatArray:
+        return self._look_up(self._sd_R, index_A, others_B)
+
+    def _look_up(self, number_R: FloatArray, index_A: IntArray, others_B: IntArray) -> FloatArray:
         shape = len(index_A), len(others_B)
         if not len(self._code_R):
             return np.zeros(shape, np.float32)
         low_AB = np.minimum(index_A[:, None], others_B)
         code_AB = np.where(low_AB >= 0, low_AB << 32 | np.maximum(index_A[:, None], others_B), -1)
         place_AB = np.searchsorted(self._code_R, code_AB).clip(max=len(self._code_R) - 1)
-        effects: FloatArray = np.where(self._code_R[place_AB] == code_AB, self._effect_R[place_AB], np.float32(0))
-        return effects
+        found: FloatArray = np.where(self._code_R[place_AB] == code_AB, number_R[place_AB], np.float32(0))
+        return found

@@ -104,10 +104,11 @@ class Pointer:
         turns = list(self._turns(asked, base_NSd))
         for number, (place, rows) in enumerate(turns, 1):
             slot, key_NAd = asked.slots[place], asked.keys[place][rows]
-            h_NRd = h_NRSd[rows, :, slot]
             if slot < 0:
-                yield Visit(place, rows, np.zeros((*h_NRd.shape[:2], key_NAd.shape[1]), np.float32))
+                shape = len(key_NAd), chosen_NRT.shape[1], key_NAd.shape[1]
+                yield Visit(place, rows, np.zeros(shape, np.float32))
                 continue
+            h_NRd = h_NRSd[rows, :, slot]
             yield Visit(place, rows, self._logits(h_NRd, key_NAd))
             if self.variant != "parallel" and number < len(turns):
                 first_N1 = np.arange(len(key_NAd))[:, None]

@@ -317,7 +317,11 @@ class Policy:
         deviation = self._effects.context_deviation(card.index, context_C, self.settings.noise_seed)
         wide = [widened(main_1LA[0], scale) + dev_LA for main_1LA, dev_LA in zip(main, deviation, strict=True)]
         if narrow is not None:
-            pair = [[widened(pair_LAB, scale) for pair_LAB in pairs] for pairs in narrow]
+            of_pairs = self._effects.pair_deviation(card.index, self.settings.noise_seed)
+            pair = [
+                [widened(pair_LAB, scale) + dev_LAB for pair_LAB, dev_LAB in zip(pairs, deviations, strict=True)]
+                for pairs, deviations in zip(narrow, of_pairs, strict=True)
+            ]
         return CardEffects(wide, pair or [])
 
     def appeal(self, product_id: str, context_C: FloatArray) -> float:

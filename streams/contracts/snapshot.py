@@ -15,7 +15,8 @@ pairs and moves none.
     element (E, D)           the same of an element; element_sd (E, D): posterior standard deviations
     element_content (E, F)   content of every known element
     trait (E, F)             what clicks add to it; trait_root (E, F, F): lower Cholesky factor of the covariance
-    pair (R,)                effects of pairs of elements; pairs (8 R,): uint8, their indices, see `pack_pairs`
+    pair (R,)                effects of pairs of elements; pair_sd (R,): posterior standard deviations; pairs (8 R,):
+                             uint8, their indices, see `pack_pairs`
     encoder.*                what reduces rich content, see `streams.contracts.encoders`
     generator.*              weights of the pointer, see `serving.pointer`
     vocabulary (B,)          uint8: JSON of the `FeatureSpec`; here, so that the header stays small
@@ -38,7 +39,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors_numpy
 
-FORMAT = "genco-snapshot-2"
+FORMAT = "genco-snapshot-3"
 MAX_HEADER_BYTES = 64 * 1024
 MAX_BLOB_BYTES = 256 * 1024 * 1024
 _BYTES = {"F32": 4, "U8": 1}
@@ -175,6 +176,7 @@ SNAPSHOT_TENSORS: dict[str, TensorSpec] = {
     "trait": TensorSpec("F32", ("E", "F")),
     "trait_root": TensorSpec("F32", ("E", "F", "F")),
     "pair": TensorSpec("F32", ("R",)),
+    "pair_sd": TensorSpec("F32", ("R",)),
     "pairs": TensorSpec("U8", ("pairs_bytes",)),
     "encoder.kinds": TensorSpec("U8", ("kinds_bytes",)),
     "encoder.mean": TensorSpec("F32", ("encoder_mean",)),

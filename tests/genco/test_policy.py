@@ -244,7 +244,8 @@ def test_what_moved_is_named_whatever_row_it_has() -> None:
             after_tensors[name] = array[rows].copy()
         if name in ("product", "generator.product"):
             after_tensors[name] = array[::-1].copy()
-    after_tensors["pairs"], after_tensors["pair"] = np.zeros(0, np.uint8), np.zeros(0, np.float32)
+    after_tensors["pairs"] = np.zeros(0, np.uint8)
+    after_tensors["pair"] = after_tensors["pair_sd"] = np.zeros(0, np.float32)
     moved = frozen.row_of("tag", "g2")
     after_tensors["element"][moved, 0] += 2.0
     settings = msgspec.json.encode(PolicySettings(epsilon=0.25))

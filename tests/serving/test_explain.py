@@ -73,7 +73,7 @@ def test_uplift_is_what_the_click_rate_of_played_cards_gains() -> None:
 
 def test_credits_of_a_policy_that_plays_one_card_add_up_to_its_logit() -> None:
     tensors = tensors_of()
-    for name in ("trait_root", "element_sd"):
+    for name in ("trait_root", "element_sd", "pair_sd"):
         tensors[name] = np.zeros_like(tensors[name])
     for name in ("content", "content_context", "content_pair"):
         tensors[f"draws.{name}"] = np.repeat(tensors[f"mean.{name}"][None], 12, 0)
@@ -89,7 +89,7 @@ def test_credits_of_a_policy_that_plays_one_card_add_up_to_its_logit() -> None:
 
 def test_uncertainty_is_the_posteriors_and_not_that_of_the_thompson_scale() -> None:
     tensors = tensors_of()
-    for name in ("trait_root", "element_sd"):
+    for name in ("trait_root", "element_sd", "pair_sd"):
         tensors[name] = np.zeros_like(tensors[name])
     # The same uncertainty, stored narrower: the mean of what is played stays, so the deviation halves with the scale.
     policies = [Policy(spec_of(), tensors, PolicySettings(epsilon=1.0, thompson_scale=s), "sha") for s in (0.2, 0.4)]
@@ -103,7 +103,7 @@ def test_uncertainty_is_the_posteriors_and_not_that_of_the_thompson_scale() -> N
 
 def test_effects_with_the_context_widen_the_intervals_though_no_draw_plays_them() -> None:
     tensors = tensors_of()
-    for name in ("trait_root", "element_sd"):
+    for name in ("trait_root", "element_sd", "pair_sd"):
         tensors[name] = np.zeros_like(tensors[name])
     for name in ("content", "content_context", "content_pair"):
         tensors[f"draws.{name}"] = np.repeat(tensors[f"mean.{name}"][None], 12, 0)

@@ -75,6 +75,7 @@ def tensors_of(seed: int = 0, scale: float = 0.6) -> dict[str, np.ndarray[Any, A
     out["element_sd"] = scale * rng.random((num_elements, 1 + columns))
     together = np.array([(0, 3), (4, 1), (2, 6)])
     out["pair"] = scale * rng.standard_normal(len(together))
+    out["pair_sd"] = scale * rng.random(len(together))
     encoder = {f"encoder.{name}": array for name, array in ContentEncoder(size).tensors().items()}
     floats = {name: np.asarray(array, np.float32) for name, array in out.items()}
     return floats | encoder | {"pairs": pack_pairs(together)}
@@ -254,6 +255,7 @@ def test_effects_of_pairs_are_left_out_of_wide_cards_alone(monkeypatch: pytest.M
     tensors, creative = tensors_of(), creatives()[0]
     index = [spec_of().element_index[s, e] for s, e in enumerate(creative.values())]
     tensors["pairs"], tensors["pair"] = pack_pairs(np.array([index[:2]])), np.array([2.0], np.float32)
+    tensors["pair_sd"] = np.zeros(1, np.float32)
     with_pairs = Policy(spec_of(), tensors, PolicySettings()).credits(request_of(), creative)
     monkeypatch.setattr("serving.search.MAX_PAIRED", 5)
     without = Policy(spec_of(), tensors, PolicySettings()).credits(request_of(), creative)
@@ -347,3 +349,24 @@ def test_snapshot_decides_like_the_policy_it_was_made_of() -> None:
 def test_snapshot_that_contradicts_itself_is_refused(blob: Any, manifest: dict[str, Any]) -> None:
     with pytest.raises(SnapshotError):
         Policy.from_snapshot(blob(), manifest_of(**manifest))
+
+
+def test_pairs_deviate_in_what_is_explained_and_in_no_draw_that_is_played() -> None:
+    tensors = tensors_of()
+    index = [spec_of().row_of("title", "t1"), spec_of().row_of("image", "i1")]
+    tensors["pairs"], tensors["pair"] = pack_pairs(np.array([index])), np.array([1.0], np.float32)
+    known, unsure = (
+        Policy(spec_of(), tensors | {"pair_sd": np.array([sd], np.float32)}, PolicySettings(), "sha")
+        for sd in (0.0, 3.0)
+    )
+    requests = [request_of(seed) for seed in range(20)]
+    assert known.choose(requests) == unsure.choose(requests)
+    context_C = known.spec.context_row({})
+    title, image = (list(SLOTS).index(slot) for slot in ("title", "image"))
+    first, second = sorted((title, image))
+    pairs = [p.card_effects(requests[0], context_C).pair[second][first] for p in (known, unsure)]
+    difference_LAB = pairs[1] - pairs[0]
+    assert not difference_LAB[-1].any()  # the posterior mean
+    moved_AB = difference_LAB[:-1].any(0)
+    assert moved_AB.sum() == 1
+    assert 1.0 < difference_LAB[:-1, moved_AB].std() < 5.0

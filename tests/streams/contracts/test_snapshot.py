@@ -106,7 +106,7 @@ def test_empty_key_is_a_mistake() -> None:
         ("gate", GateVerdict(accepted=False), "hmac"),
         ("hmac", "ü", "hmac"),
         ("hmac", "", "hmac"),
-        ("format", "genco-snapshot-3", "format"),
+        ("format", "genco-snapshot-2", "format"),
         ("num_bytes", 1, "length"),
     ],
 )
