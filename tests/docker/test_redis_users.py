@@ -22,15 +22,13 @@ from serving.snapshot_store import LastGood, SnapshotStore
 from streams.clients import redis_client, require_redis
 from streams.contracts.registry import HISTORY_LENGTH, Version
 from streams.contracts.settings import RedisSettings
-from streams.contracts.snapshot import GateVerdict, PolicySnapshot, SnapshotManifest, sign
 from streams.registry import Registry
 from streams.registry_actions import Operator, Order
+from tests.snapshots import KEY, NOW_MS, snapshot
 
 START = Path(__file__).resolve().parents[2] / "docker" / "redis" / "start.sh"
 USERS = ("learner", "server", "operator")
-KEY = b"k" * 32
 MODEL = "default"
-NOW_MS = 1_764_000_000_000
 CONNECTING = {"auth", "hello", "ping", "select", "client"}
 
 
@@ -83,21 +81,6 @@ def root(shipped: ShippedRedis) -> Iterator[redis.Redis]:
     with redis.Redis.from_url(shipped.server.url, socket_timeout=5.0) as client:
         client.flushall()
         yield client
-
-
-def snapshot(version: int) -> PolicySnapshot:
-    blob = b"weights of %d" % version
-    manifest = SnapshotManifest(
-        model_id=MODEL,
-        epoch=1,
-        version=version,
-        sha256=hashlib.sha256(blob).hexdigest(),
-        num_bytes=len(blob),
-        feature_spec_hash="f",
-        gate=GateVerdict(accepted=True),
-        created_at_ms=NOW_MS,
-    )
-    return PolicySnapshot(sign(manifest, KEY), blob)
 
 
 def publisher(client: redis.Redis) -> Publisher:
