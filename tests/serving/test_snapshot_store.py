@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -321,6 +322,24 @@ def test_start_with_redis_down_serves_last_good_and_redis_confirms_it(
     third.load_last_good()
     assert not third.refresh()
     assert holder.current.rung == "policy"
+
+
+def test_outage_is_counted_at_every_poll_and_told_once_and_so_is_its_end(
+    redis_db: redis.Redis, make_refresher: Make, metrics: ServingMetrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    refresher, _ = make_refresher(redis_db)
+    with caplog.at_level(logging.INFO, "serving.refresher"):
+        for _ in range(2):
+            redis_db.set(current_key("default"), "what is no hash")
+            for _ in range(3):
+                assert not refresher.refresh()
+            assert "WRONGTYPE" in (refresher.fault or "")
+            redis_db.delete(current_key("default"))
+            assert not refresher.refresh()
+            assert refresher.fault is None
+    assert totals(metrics.registry_errors) == {("ResponseError",): 6}
+    said = [record.message for record in caplog.records]
+    assert said == ["Redis cannot be read; the policy in memory goes on serving", "Redis can be read again"] * 2
 
 
 def test_start_from_disk_is_not_moved_back_by_an_older_redis(
