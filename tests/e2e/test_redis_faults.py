@@ -214,7 +214,7 @@ def suffer(scene: Scene, fault: str, seconds: float) -> None:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_server_decides_through_a_fault_of_redis_and_the_newest_policy_comes_back(scene: Scene, fault: str) -> None:
-    suffer(scene, fault, 0.6)
+    suffer(scene, fault, 0.4)
 
 
 @pytest.mark.long
