@@ -73,6 +73,7 @@ class ServerState:
     authenticator: Authenticator
     metrics: ServingMetrics
     signing_key: bytes
+    attribution_window_ms: int
     now_ms: Callable[[], int]
     allow_cold_start: bool = True
     """Ready without any policy: the uniform rung collects the first data."""
@@ -123,7 +124,7 @@ def _decide(state: ServerState, request: Request, body: bytes) -> Response:
 
 
 def _clicks(state: ServerState, request: Request, body: bytes) -> Response:
-    good, rejected = check_clicks(read_clicks(body), state.signing_key, state.now_ms())
+    good, rejected = check_clicks(read_clicks(body), state.signing_key, state.now_ms(), state.attribution_window_ms)
     for fault in rejected:
         state.metrics.events_rejected.labels(CLICKS, fault.field).inc()
     left_out = [index for index, click in good if not state.event_log.offer_click(click)]

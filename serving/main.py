@@ -119,6 +119,7 @@ def build(settings: ServeSettings, registry: CollectorRegistry = REGISTRY) -> Pa
             authenticator=authenticator,
             metrics=metrics,
             signing_key=key,
+            attribution_window_ms=settings.attribution_window_ms,
             now_ms=now_ms,
         )
     )

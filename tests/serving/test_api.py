@@ -312,6 +312,8 @@ def test_forged_and_impossible_clicks_are_rejected_one_by_one(api: Any, signing_
     good = make_decision_id(3, NOW_MS - 1000, 1, signing_key)
     forged = make_decision_id(3, NOW_MS - 1000, 1, b"x" * 32)
     future = make_decision_id(3, NOW_MS + 3_600_000, 1, signing_key)
+    lifetime_ms = TOKEN_LIFETIME_MS + 600_000 + 60_000
+    expired, nearly = (make_decision_id(3, NOW_MS - lifetime_ms - over, 1, signing_key) for over in (1, 0))
     clicks = [
         {"decision_id": forged},
         {"decision_id": good, "occurred_at_ms": NOW_MS + 60_001},
@@ -321,10 +323,12 @@ def test_forged_and_impossible_clicks_are_rejected_one_by_one(api: Any, signing_
         {"decision_id": good.replace("3.", "4.", 1)},
         {"decision_id": "nonsense\n\x1b[31m"},
         {"decision_id": future},
+        {"decision_id": expired},
+        {"decision_id": nearly},
     ]
     answer = api.post("/v1/clicks", {"clicks": clicks})
     assert answer.status_code == 202
-    assert answer.json()["accepted"] == 2
+    assert answer.json()["accepted"] == 3
     assert [(f["index"], f["field"]) for f in answer.json()["rejected"]] == [
         (0, "decision_id"),
         (1, "occurred_at_ms"),
@@ -332,8 +336,9 @@ def test_forged_and_impossible_clicks_are_rejected_one_by_one(api: Any, signing_
         (5, "decision_id"),
         (6, "decision_id"),
         (7, "occurred_at_ms"),
+        (8, "occurred_at_ms"),
     ]
-    assert len(queued(api, Click)) == 2
+    assert len(queued(api, Click)) == 3
     assert 'genco_events_rejected_total{field="decision_id",topic="clicks"} 3.0' in api.get("/metrics").text
 
 
