@@ -189,7 +189,7 @@ def suffer(scene: Scene, fault: str, seconds: float) -> None:
     """Decide before, under and after a fault, and compare."""
     begin, end = FAULTS[fault]
     scene.load.take()
-    time.sleep(min(seconds, 3.0))
+    time.sleep(min(seconds / 2, 3.0))
     before = scene.load.take()
     begin(scene)
     try:
