@@ -38,6 +38,7 @@ class LeaseKeeper:
         self._deadline = clock() + 2 * self._lease_s
         self._renewed_at = -self._lease_s
         self._epoch: int | None = None
+        self._held = False
         self.is_alone = False
         """Whether this learner is the only one of its model, as far as is known."""
         self.is_new = False
@@ -46,12 +47,14 @@ class LeaseKeeper:
     def keep(self) -> bool:
         """Prolong the lease, or take it, when it is time; tell whether this learner is the only one of its model.
 
-        While Redis does not answer, a learner that held the lease goes on: others cannot take it there either.
+        While Redis does not answer, a learner that held the lease goes on: others cannot take it there either. A lease
+        that a publication found gone, as Redis was emptied, is taken again at once.
 
         Raises:
             LeaseHeldError: If another learner holds it for longer than one that died could, or has held it since.
         """
-        if self._clock() - self._renewed_at < self._lease_s / 3:
+        was_lost = self._held and not self._publisher.holds_lease
+        if not was_lost and self._clock() - self._renewed_at < self._lease_s / 3:
             return self.is_alone
         self._renewed_at = self._clock()
         try:
@@ -62,7 +65,8 @@ class LeaseKeeper:
         except UnreachableError as error:
             # Without its pin or freeze an empty registry must not be published to.
             logger.warning("Redis was emptied and Kafka does not answer", extra={"error": str(error)})
-        metrics.lease.set(self._publisher.holds_lease)
+        self._held = self._publisher.holds_lease
+        metrics.lease.set(self._held)
         return self.is_alone
 
     def _acquire(self) -> None:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import msgspec
 from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -72,6 +73,7 @@ class ServerState:
     authenticator: Authenticator
     metrics: ServingMetrics
     signing_key: bytes
+    attribution_window_ms: int
     now_ms: Callable[[], int]
     allow_cold_start: bool = True
     """Ready without any policy: the uniform rung collects the first data."""
@@ -94,6 +96,10 @@ class Route:
     takes: Sequence[type] = ()
     gives: Sequence[type] = ()
     status: int = 200
+    gives_else: Mapping[str, type] = field(default_factory=dict)
+    """Status -> what comes with it in place of a refusal."""
+    response_class: type[Response] = JSONResponse
+    """Names the media type of a success."""
     parameters: Sequence[dict[str, Any]] = ()
     """Of path and query, in OpenAPI's words."""
     is_long: bool = False
@@ -118,7 +124,7 @@ def _decide(state: ServerState, request: Request, body: bytes) -> Response:
 
 
 def _clicks(state: ServerState, request: Request, body: bytes) -> Response:
-    good, rejected = check_clicks(read_clicks(body), state.signing_key, state.now_ms())
+    good, rejected = check_clicks(read_clicks(body), state.signing_key, state.now_ms(), state.attribution_window_ms)
     for fault in rejected:
         state.metrics.events_rejected.labels(CLICKS, fault.field).inc()
     left_out = [index for index, click in good if not state.event_log.offer_click(click)]
@@ -251,8 +257,16 @@ ROUTES: Final = (
         handler=_readyz,
         summary="Whether traffic should come here; 503 says what is missing",
         gives=(Readiness,),
+        gives_else={"503": Readiness},
     ),
-    Route(method="GET", path="/metrics", scope="admin", handler=_metrics, summary="Prometheus metrics"),
+    Route(
+        method="GET",
+        path="/metrics",
+        scope="admin",
+        handler=_metrics,
+        summary="Prometheus metrics",
+        response_class=PlainTextResponse,
+    ),
 )
 
 
@@ -286,7 +300,10 @@ def create_app(state: ServerState) -> FastAPI:
             summary=route.summary,
             name=route.path,
             response_model=None,
-            openapi_extra=operation(route.takes, route.gives, route.status, route.scope, route.parameters),
+            response_class=route.response_class,
+            openapi_extra=operation(
+                route.takes, route.gives, route.status, route.scope, route.parameters, route.gives_else
+            ),
         )
     app.add_middleware(BodyLimit, limits={route.path: route.body_limit for route in ROUTES if route.body_limit})
     return app

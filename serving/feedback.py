@@ -61,9 +61,13 @@ def read_token(token: str, key: bytes, now_ms: int) -> Impression:
 
 
 def check_clicks(
-    clicks: Sequence[ClickRequest], key: bytes, now_ms: int
+    clicks: Sequence[ClickRequest], key: bytes, now_ms: int, window_ms: int
 ) -> tuple[list[tuple[int, Click]], list[Fault]]:
-    """Sort clicks into believed ones, with their place, and faults."""
+    """Sort clicks into believed ones, with their place, and faults.
+
+    `window_ms` is the attribution window: a click on a card that was decided longer ago than a card may wait to be
+    rendered, and then to be clicked, can count for nothing.
+    """
     good: list[tuple[int, Click]] = []
     faults: list[Fault] = []
     for index, click in enumerate(clicks):
@@ -73,7 +77,7 @@ def check_clicks(
         except InvalidDecisionIdError as error:
             faults.append(Fault(index=index, field="decision_id", reason=str(error)))
             continue
-        if reason := _impossible_time(occurred_at_ms, issued_at_ms(click.decision_id), now_ms):
+        if reason := _impossible_time(occurred_at_ms, issued_at_ms(click.decision_id), now_ms, window_ms):
             faults.append(Fault(index=index, field="occurred_at_ms", reason=reason))
             continue
         reward = 1.0 if click.reward is UNSET else click.reward
@@ -82,11 +86,16 @@ def check_clicks(
     return good, faults
 
 
-def _impossible_time(occurred_at_ms: int, decided_at_ms: int, now_ms: int) -> str | None:
+def _impossible_time(occurred_at_ms: int, decided_at_ms: int, now_ms: int, window_ms: int) -> str | None:
     if occurred_at_ms > now_ms + CLOCK_SKEW_MS:
         return (
             f"is {occurred_at_ms - now_ms} ms in the future; expected Unix milliseconds, at most {CLOCK_SKEW_MS} ahead"
         )
     if occurred_at_ms < decided_at_ms - CLOCK_SKEW_MS:
         return f"is {decided_at_ms - occurred_at_ms} ms before its decision; at most {CLOCK_SKEW_MS} are believed"
+    lifetime_ms = TOKEN_LIFETIME_MS + window_ms + CLOCK_SKEW_MS
+    if occurred_at_ms > decided_at_ms + lifetime_ms:
+        return (
+            f"is {(occurred_at_ms - decided_at_ms) // 1000} s after its decision; at most {lifetime_ms // 1000} s count"
+        )
     return None

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 BODY_TIMEOUT_S: Final = 10.0
-"""Between two pieces of a body: a slower client holds memory for nothing."""
+"""For a whole body: a slower client holds memory and a connection for nothing."""
 SMALL_BODY: Final = 4 * 1024
 """Limit where a route has none of its own."""
 
@@ -23,7 +23,7 @@ class BodyLimit:
     Args:
         app: What is protected.
         limits: Path -> bytes.
-        timeout_s: Longest silence within a body.
+        timeout_s: For a body.
     """
 
     def __init__(self, app: ASGIApp, limits: Mapping[str, int], timeout_s: float = BODY_TIMEOUT_S) -> None:
@@ -39,17 +39,18 @@ class BodyLimit:
         limit = self._limits.get(scope["path"], SMALL_BODY)
         declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
         received = 0
+        deadline = asyncio.get_running_loop().time() + self._timeout_s
 
         async def counted() -> Message:
             nonlocal received
             if declared.isdigit() and int(declared) > limit:
                 raise _too_large(limit)
             try:
-                async with asyncio.timeout(self._timeout_s):
+                async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
                 raise HTTPException(
-                    408, f"no byte of the body came for {self._timeout_s:g} s", {"Connection": "close"}
+                    408, f"the body did not come within {self._timeout_s:g} s", {"Connection": "close"}
                 ) from None
             received += len(message.get("body", b""))
             if received > limit:

@@ -19,10 +19,12 @@ from typing import Final
 import numpy as np
 import uvicorn
 from prometheus_client import REGISTRY, CollectorRegistry
+from starlette.types import ASGIApp
 
 from serving.api import ServerState, create_app
 from serving.auth import Authenticator, require_tokens_beyond_loopback
 from serving.catalog_view import CatalogView
+from serving.connections import GuardedProtocol
 from serving.decisions import Decider
 from serving.event_log import EventLog, Producer
 from serving.metrics import ServingMetrics
@@ -117,6 +119,7 @@ def build(settings: ServeSettings, registry: CollectorRegistry = REGISTRY) -> Pa
             authenticator=authenticator,
             metrics=metrics,
             signing_key=key,
+            attribution_window_ms=settings.attribution_window_ms,
             now_ms=now_ms,
         )
     )
@@ -146,6 +149,22 @@ class _Server(uvicorn.Server):
             sys.stdout.flush()
 
 
+def configure(app: ASGIApp) -> uvicorn.Config:
+    """Return how the application is served."""
+    return uvicorn.Config(
+        app,
+        http=GuardedProtocol,
+        ws="none",
+        access_log=False,
+        log_config=None,
+        lifespan="off",
+        server_header=False,
+        limit_concurrency=_MAX_CONNECTIONS,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=_REQUESTS_S,
+    )
+
+
 def run(settings: ServeSettings) -> int:
     """Serve until SIGTERM or SIGINT; return 0 if every event was delivered, else 1.
 
@@ -155,17 +174,7 @@ def run(settings: ServeSettings) -> int:
     parts = build(settings)
     listener = _listen(settings.http_host, settings.http_port)
     metrics_server = _serve_metrics(settings)
-    config = uvicorn.Config(
-        create_app(parts.state),
-        access_log=False,
-        log_config=None,
-        lifespan="off",
-        server_header=False,
-        limit_concurrency=_MAX_CONNECTIONS,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=_REQUESTS_S,
-    )
-    server = _Server(config, _url(settings.http_host, listener.getsockname()[1]))
+    server = _Server(configure(create_app(parts.state)), _url(settings.http_host, listener.getsockname()[1]))
     # uvicorn raises the signal again when it has stopped; without a handler that would end us before the flush.
     previous = {number: signal.signal(number, _ignore) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -50,6 +50,9 @@ class ServingMetrics:
         self.model_rejected = Counter(
             "genco_model_rejected", "Snapshots that were not loaded.", ["reason"], registry=registry
         )
+        self.registry_errors = Counter(
+            "genco_registry_errors", "Polls of Redis that failed, by cause.", ["cause"], registry=registry
+        )
         self.model_revision = Gauge("genco_model_revision", "Revision of the policy that serves.", registry=registry)
         self.model_max_event = Gauge(
             "genco_model_max_event_timestamp_seconds", "Newest impression that the policy learned.", registry=registry

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -29,9 +29,13 @@ def operation(
     gives: Sequence[type],
     status: int,
     scope: Scope,
-    parameters: Sequence[dict[str, Any]] = (),
+    parameters: Sequence[dict[str, Any]],
+    gives_else: Mapping[str, type],
 ) -> dict[str, Any]:
-    """Return what a route adds to its OpenAPI operation."""
+    """Return what a route adds to its OpenAPI operation.
+
+    `gives_else` names what comes with other statuses in place of a refusal.
+    """
     extra: dict[str, Any] = {"responses": {str(status): _content("success", gives)}, "x-scope": scope}
     if parameters:
         extra["parameters"] = list(parameters)
@@ -40,7 +44,7 @@ def operation(
     wanted = set(_REFUSALS) - {"404"} if takes else {"401", "403", "422", "503"}
     wanted |= {"404"} if any(parameter["in"] == "path" for parameter in parameters) else set()
     codes = [code for code in _REFUSALS if code in wanted]
-    extra["responses"] |= {code: _content(_REFUSALS[code], [Refusal]) for code in codes}
+    extra["responses"] |= {code: _content(_REFUSALS[code], [gives_else.get(code, Refusal)]) for code in codes}
     if scope != "public":
         extra["security"] = [{"bearer": []}]
     return extra

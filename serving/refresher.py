@@ -100,6 +100,7 @@ class Refresher:
         self._refusals = 0
         self._retry_at = 0.0
         self._older: tuple[int | None, int] | None = None
+        self._outage: str | None = None
         self.fault: str | None = "Redis was not asked yet"
         """Why the registry could not be read last time, or None."""
 
@@ -130,7 +131,7 @@ class Refresher:
         try:
             pointer = self._store.pointer()
         except redis.RedisError as error:
-            self.fault = f"{type(error).__name__}: {error}"
+            self._note_outage(error)
             return False
         except SnapshotError as error:
             self._reject(error, None)
@@ -140,7 +141,7 @@ class Refresher:
             self._note_older(None if pointer is None else pointer.revision)
             return False
         if pointer.revision == current.revision:
-            self.fault = None
+            self._clear_fault()
             if current.rung == "last_good" and current.manifest and current.manifest.sha256 == pointer.sha256:
                 self._holder.confirm()
             return False
@@ -153,12 +154,12 @@ class Refresher:
             fetched = self._store.fetch(pointer)
             self._swap(fetched, "policy")
         except redis.RedisError as error:
-            self.fault = f"{type(error).__name__}: {error}"
+            self._note_outage(error)
             return False
         except Exception as error:  # noqa: BLE001 - a snapshot that breaks what reads it must not end this thread
             self._reject(error, pointer)
             return False
-        self.fault = None
+        self._clear_fault()
         try:
             self._last_good.save(fetched)
         except OSError as error:
@@ -190,9 +191,24 @@ class Refresher:
             },
         )
 
+    def _note_outage(self, error: redis.RedisError) -> None:
+        """Count a poll that failed; log the first of an outage, and when its cause changes."""
+        cause = type(error).__name__
+        self.fault = f"{cause}: {error}"
+        self._metrics.registry_errors.labels(cause).inc()
+        if self._outage != cause:
+            self._outage = cause
+            logger.warning("Redis cannot be read; the policy in memory goes on serving", extra={"cause": self.fault})
+
+    def _clear_fault(self) -> None:
+        self.fault = None
+        if self._outage is not None:
+            self._outage = None
+            logger.info("Redis can be read again")
+
     def _note_older(self, revision: int | None) -> None:
         """Say once that Redis is behind us: after a flush or a failover this is expected, and mends itself."""
-        self.fault = None
+        self._clear_fault()
         ours = self._holder.current.revision
         if ours == 0 or self._older == (revision, ours):
             return

@@ -176,3 +176,28 @@ def test_lease_keeper_waits_for_kafka_when_redis_was_emptied(client: redis.Redis
     now_s += LEASE_MS / 1000
     assert keeper.keep()
     assert owner.holds_lease
+
+
+def test_lease_that_a_publication_found_gone_is_taken_again_at_once(client: redis.Redis, model: str) -> None:
+    owner = controlled(client, model, Topic())
+    keeper = LeaseKeeper(owner, model_id=model, lease_ms=LEASE_MS, clock=lambda: 0.0)
+    assert keeper.keep()
+    client.flushall()
+    assert owner.publish(snapshot(model, 1, 1)) is Outcome.NOT_HOLDER
+    assert keeper.keep()
+    assert owner.publish(snapshot(model, owner.fence.epoch, 2)) is Outcome.PUBLISHED
+
+
+def test_lease_that_cannot_be_taken_again_is_not_asked_for_at_every_turn(client: redis.Redis, model: str) -> None:
+    """Each try may wait for Kafka for seconds, in which nothing is learned."""
+    topic = Topic()
+    owner = controlled(client, model, topic)
+    keeper = LeaseKeeper(owner, model_id=model, lease_ms=LEASE_MS, clock=lambda: 0.0)
+    assert keeper.keep()
+    client.flushall()
+    owner.publish(snapshot(model, 1, 1))
+    topic.is_up = False
+    assert keeper.keep(), "training goes on"
+    topic.is_up = True
+    assert keeper.keep()
+    assert not owner.holds_lease

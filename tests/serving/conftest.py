@@ -232,6 +232,7 @@ def make_state(
                 "authenticator": Authenticator(None),
                 "metrics": metrics,
                 "signing_key": KEY,
+                "attribution_window_ms": 600_000,
                 "now_ms": lambda: NOW_MS,
             }
             | options

@@ -247,18 +247,21 @@ def test_lying_content_length_does_not_help(api: Any) -> None:
     assert answer.status_code == 413
 
 
-def test_silent_client_is_given_up() -> None:
+@pytest.mark.parametrize("pause_s", [60.0, 0.01])
+def test_silent_or_dripping_client_is_given_up(pause_s: float) -> None:
     async def read_all(scope: Any, receive: Any, send: Any) -> None:
-        await receive()
+        while (await receive())["more_body"]:
+            pass
 
-    async def silent() -> Any:
-        await asyncio.sleep(60)
+    async def drip() -> Any:
+        await asyncio.sleep(pause_s)
+        return {"type": "http.request", "body": b" ", "more_body": True}
 
     async def send(_: Any) -> None: ...
 
-    limited = BodyLimit(read_all, {"/": 10}, timeout_s=0.01)
-    with pytest.raises(Exception, match="no byte") as caught:
-        asyncio.run(limited({"type": "http", "path": "/", "headers": []}, silent, send))
+    limited = BodyLimit(read_all, {"/": 1000}, timeout_s=0.1)
+    with pytest.raises(Exception, match="did not come within") as caught:
+        asyncio.run(limited({"type": "http", "path": "/", "headers": []}, drip, send))
     assert caught.value.status_code == 408  # type: ignore[attr-defined]
 
 
@@ -309,6 +312,8 @@ def test_forged_and_impossible_clicks_are_rejected_one_by_one(api: Any, signing_
     good = make_decision_id(3, NOW_MS - 1000, 1, signing_key)
     forged = make_decision_id(3, NOW_MS - 1000, 1, b"x" * 32)
     future = make_decision_id(3, NOW_MS + 3_600_000, 1, signing_key)
+    lifetime_ms = TOKEN_LIFETIME_MS + 600_000 + 60_000
+    expired, nearly = (make_decision_id(3, NOW_MS - lifetime_ms - over, 1, signing_key) for over in (1, 0))
     clicks = [
         {"decision_id": forged},
         {"decision_id": good, "occurred_at_ms": NOW_MS + 60_001},
@@ -318,10 +323,12 @@ def test_forged_and_impossible_clicks_are_rejected_one_by_one(api: Any, signing_
         {"decision_id": good.replace("3.", "4.", 1)},
         {"decision_id": "nonsense\n\x1b[31m"},
         {"decision_id": future},
+        {"decision_id": expired},
+        {"decision_id": nearly},
     ]
     answer = api.post("/v1/clicks", {"clicks": clicks})
     assert answer.status_code == 202
-    assert answer.json()["accepted"] == 2
+    assert answer.json()["accepted"] == 3
     assert [(f["index"], f["field"]) for f in answer.json()["rejected"]] == [
         (0, "decision_id"),
         (1, "occurred_at_ms"),
@@ -329,8 +336,9 @@ def test_forged_and_impossible_clicks_are_rejected_one_by_one(api: Any, signing_
         (5, "decision_id"),
         (6, "decision_id"),
         (7, "occurred_at_ms"),
+        (8, "occurred_at_ms"),
     ]
-    assert len(queued(api, Click)) == 2
+    assert len(queued(api, Click)) == 3
     assert 'genco_events_rejected_total{field="decision_id",topic="clicks"} 3.0' in api.get("/metrics").text
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import redis
 from redis.backoff import NoBackoff
@@ -20,9 +20,9 @@ from serving.policy import DecisionRequest, Policy
 from serving.policy_holder import PolicyHolder
 from serving.refresher import Refresher, described_elements
 from serving.snapshot_store import Fetched, LastGood, SnapshotStore
-from streams.contracts.features import ContextColumn, FeatureSpec
 from streams.contracts.registry import blob_key, current_key, manifest_key
-from streams.contracts.snapshot import SNAPSHOT_TENSORS, GateVerdict, SnapshotError, pack_tensors
+from streams.contracts.snapshot import GateVerdict, SnapshotError
+from tests.snapshots import real_blob
 
 KEY = b"k" * 32
 NOW_MS = 1_764_000_000_000
@@ -324,6 +324,24 @@ def test_start_with_redis_down_serves_last_good_and_redis_confirms_it(
     assert holder.current.rung == "policy"
 
 
+def test_outage_is_counted_at_every_poll_and_told_once_and_so_is_its_end(
+    redis_db: redis.Redis, make_refresher: Make, metrics: ServingMetrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    refresher, _ = make_refresher(redis_db)
+    with caplog.at_level(logging.INFO, "serving.refresher"):
+        for _ in range(2):
+            redis_db.set(current_key("default"), "what is no hash")
+            for _ in range(3):
+                assert not refresher.refresh()
+            assert "WRONGTYPE" in (refresher.fault or "")
+            redis_db.delete(current_key("default"))
+            assert not refresher.refresh()
+            assert refresher.fault is None
+    assert totals(metrics.registry_errors) == {("ResponseError",): 6}
+    said = [record.message for record in caplog.records]
+    assert said == ["Redis cannot be read; the policy in memory goes on serving", "Redis can be read again"] * 2
+
+
 def test_start_from_disk_is_not_moved_back_by_an_older_redis(
     redis_db: redis.Redis, make_refresher: Make, make_snapshot: Make, publish: Make
 ) -> None:
@@ -411,32 +429,6 @@ def test_swaps_never_disturb_those_who_decide(
 
 
 # -- a real snapshot -------------------------------------------------------------------------------
-
-
-def real_blob() -> tuple[bytes, FeatureSpec]:
-    spec = FeatureSpec(
-        slots=("title", "image"),
-        context=(ContextColumn(field="device", value="ios"),),
-        products=("p1",),
-        elements=((0, "t1"), (0, "t2"), (1, "i1")),
-        content_size=2,
-        encoder="hash-1:2",
-    )
-    sizes: dict[Any, int] = {1: 1, "encoder_mean": 0, "encoder_matrix": 0} | dict(
-        zip("MSQFGCDPERdh", (4, 2, 1, 2, 2, 1, 2, 1, 3, 0, 2, 3), strict=True)
-    )
-    rng = np.random.default_rng(0)
-    tensors: dict[str, Any] = {
-        name: rng.normal(size=[sizes[dim] for dim in tensor.dims]).astype(np.float32)
-        for name, tensor in SNAPSHOT_TENSORS.items()
-        if tensor.dtype == "F32"
-    }
-    tensors["pairs"] = np.empty(0, np.uint8)
-    tensors["encoder.kinds"] = np.frombuffer(b"[]", np.uint8)
-    tensors["element_content"][1] = 0.0
-    tensors["vocabulary"] = np.frombuffer(spec.to_json(), np.uint8)
-    tensors["settings"] = np.frombuffer(b'{"epsilon": 0.05}', np.uint8)
-    return pack_tensors(tensors), spec
 
 
 def test_real_snapshot_is_published_loaded_and_decides(
