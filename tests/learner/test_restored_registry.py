@@ -80,7 +80,7 @@ def test_pin_survives_flushall_with_larger_numbers(
     assert owner.publish(snapshot(model, 1, 6)) is Outcome.NOT_HOLDER
     assert owner.acquire()
     assert "the registry was empty" in caplog.text
-    (warning,) = (record for record in caplog.records if "the registry was empty" in record.message)
+    (warning,) = (record for record in caplog.records if "pin or freeze was restored" in record.message)
     assert (warning.pinned, warning.command) == ("1.3", "genco policy unpin")  # type: ignore[attr-defined]
     state = Registry(client, model).state()
     assert (state.pinned, state.pointer, state.epoch, state.sequence) == (Version(1, 3), None, 2, 1)
