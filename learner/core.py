@@ -19,7 +19,7 @@ Memories that forget at the same rate have the same H; with the same prior varia
 one covariance, and differ in g alone.
 
 H and g are sums over examples, so several workers add theirs (`Sum`). Everything is matrix products and one Cholesky
-factorization a memory, on whatever device the tensors are.
+factorization a rate of forgetting, on whatever device the tensors are.
 
 Shapes: N examples, K memories, J rates of forgetting, D coefficients, M draws.
 
