@@ -17,6 +17,7 @@ which the first G stand in pairs, C context columns, A candidates, R pairs of el
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,18 @@ from streams.contracts.snapshot import unpack_pairs
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class SlotWeights:
+    """The core's weights for cards with the same T slots."""
+
+    content: FloatArray
+    """(L, T, F)"""
+    context: FloatArray
+    """(C, L, T, F): what each context column adds to them."""
+    pull: FloatArray
+    """(L, T, F, T F): what a content number in a slot adds to those of every slot."""
 
 
 class Effects:
@@ -43,9 +56,9 @@ class Effects:
             name: np.concatenate([tensors[f"draws.{name}"], tensors[f"mean.{name}"][None]])
             for name in ("content", "content_context", "content_pair")
         }
-        self.content_LSF: FloatArray = both["content"]
-        self._content_context_LSFC = np.ascontiguousarray(both["content_context"])
-        self.pull_SLFSF = _pulls(both["content_pair"], num_slots, size)
+        self._content_LSF = both["content"]
+        self._context_CLSF = both["content_context"].transpose(3, 0, 1, 2)
+        self._pull_LSFSF = _pulls(both["content_pair"], num_slots, size)
         # A last row of zeros answers index -1.
         self._content_EF = np.pad(tensors["element_content"] + tensors["trait"], ((0, 1), (0, 0)))
         self._element_EC = np.pad(tensors["element"], ((0, 1), (0, 0)))
@@ -120,13 +133,14 @@ class Effects:
             out.append(deviations)
         return out
 
-    def context_weights(self, context_NC: FloatArray) -> FloatArray:
-        """Return what contexts add to the weights of the content, (N, L, S, F)."""
-        num_draws, num_slots, size, columns = self._content_context_LSFC.shape
-        # One product for each request, not one for all: its rounding must not depend on who else is asking.
-        flat = self._content_context_LSFC.reshape(num_draws * num_slots * size, columns)
-        weights_NLSF: FloatArray = np.matmul(flat, context_NC[:, :, None])
-        return weights_NLSF.reshape(len(context_NC), num_draws, num_slots, size)
+    def weights(self, slots: Sequence[int]) -> SlotWeights:
+        """Return the core's weights for a card with these slots; -1, a slot that the snapshot lacks, has zeros."""
+        known = np.array(slots) >= 0
+        content_LTF = self._content_LSF[:, slots] * known[:, None]
+        context_CLTF = self._context_CLSF[:, :, slots] * known[:, None]
+        pull_LTFTF = self._pull_LSFSF[:, slots][:, :, :, slots] * (known[:, None, None, None] & known[:, None])
+        shape = *pull_LTFTF.shape[:3], -1
+        return SlotWeights(content_LTF, np.ascontiguousarray(context_CLTF), pull_LTFTF.reshape(shape))
 
     def appeal(self, product: int, context_C: FloatArray) -> float:
         """Return the logit of a product in a context, without any creative; index -1 is an unknown product."""
@@ -135,14 +149,14 @@ class Effects:
 
 
 def _pulls(content_pair_LQGG: FloatArray, num_slots: int, size: int) -> FloatArray:
-    """Return (S, L, F, S, F): what a content number in one slot adds to the weights of the numbers of every slot."""
-    num_draws, _, width, _ = content_pair_LQGG.shape
-    pull = np.zeros((num_slots, num_draws, size, num_slots, size), np.float32)
+    """Return (L, S, F, S, F): what a content number in one slot adds to the weights of the numbers of every slot."""
+    pull = np.zeros((len(content_pair_LQGG), num_slots, size, num_slots, size), np.float32)
+    width = content_pair_LQGG.shape[2]
     for t in range(num_slots):
         for s in range(t):
             pair_LGG = content_pair_LQGG[:, t * (t - 1) // 2 + s]
-            pull[s, :, :width, t, :width] = pair_LGG
-            pull[t, :, :width, s, :width] = pair_LGG.transpose(0, 2, 1)
+            pull[:, s, :width, t, :width] = pair_LGG
+            pull[:, t, :width, s, :width] = pair_LGG.transpose(0, 2, 1)
     return pull
 
 

@@ -1,4 +1,4 @@
-"""The generator: a pointer over the slots of a card, in numpy. `learner.generator` is the same in torch.
+"""The generator: a pointer over the slots of a card, compiled. `learner.generator` is the same in torch.
 
     k(e)   = content(e) W + embedding(e)                           key of an element; unseen ones have content alone
     h_s    = slot_s + context V_s + product + sum_{t before s} k(e_t) U_ts
@@ -8,37 +8,43 @@
 Which slots come before a slot is the variant, see there. Slots are filled in an order that does not depend on the one
 in which a request names them, because that is how the weights were trained. A test holds the twins to 1e-5.
 
-Shapes: N requests of one shape, R proposals, T slots of the requests, S slots of the vocabulary, A candidates of a
-slot, F content numbers, C context columns, P products, E elements, d width. Index -1 is "not in the vocabulary".
+Shapes: R proposals, T slots of the request, S slots of the vocabulary, X candidates over all slots, F content numbers,
+C context columns, P products, E elements, d width, h width of the hidden layer. Index -1 is "not in the vocabulary".
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
 
 VARIANTS: Final = ("autoregressive", "confident", "parallel")
+_CONFIDENT: Final = VARIANTS.index("confident")
+_PARALLEL: Final = VARIANTS.index("parallel")
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """N requests of one shape, as the pointer sees them."""
+    """A request, as the pointer sees it."""
 
     slots: Sequence[int]
     """Vocabulary index of each of the T slots, -1 for one that it lacks: uniform there."""
-    keys: Sequence[FloatArray]
-    """For each slot the (N, A, d) keys of its candidates."""
-    product: IntArray
-    """(N,): vocabulary index of each product."""
+    keys: FloatArray
+    """(d, X) keys of the candidates, slot after slot."""
+    first: IntArray
+    """(T + 1,) where the candidates of each slot begin, and at last X."""
+    product: int
+    """Vocabulary index of the product, -1 if it lacks it."""
     context: FloatArray
-    """(N, C)"""
+    """(C,)"""
 
 
 class Pointer:
@@ -53,119 +59,179 @@ class Pointer:
         if variant not in VARIANTS:
             raise ValueError(f"variant of the generator is {variant!r}; expected one of {', '.join(VARIANTS)}")
         self.variant = variant
-        self.content_Fd = weights["content"]
-        self.width = d = self.content_Fd.shape[1]
+        self._content_Fd = weights["content"]
+        self.width = d = self._content_Fd.shape[1]
         # A last row of zeros answers index -1.
-        self.element_Ed = np.vstack([weights["element"], np.zeros((1, d), np.float32)])
-        self.product_Pd = np.vstack([weights["product"], np.zeros((1, d), np.float32)])
-        self.slot_Sd = weights["slot"]
-        self.context_SdC = np.ascontiguousarray(weights["context"].transpose(0, 2, 1))
-        # (S, d, S d): what a key chosen in one slot adds to the queries of all slots, as one matrix.
-        chosen_SdSd = np.ascontiguousarray(weights["chosen"].transpose(0, 2, 1, 3))
-        self.chosen_SdX = chosen_SdSd.reshape(*self.slot_Sd.shape, self.slot_Sd.size)
-        self.hidden = weights["hidden_in"], weights["hidden_bias"], weights["hidden_out"]
+        self._element_Ed = np.vstack([weights["element"], np.zeros((1, d), np.float32)])
+        self._product_Pd = np.vstack([weights["product"], np.zeros((1, d), np.float32)])
+        self._slot_Sd = weights["slot"]
+        self._context_CSd = np.ascontiguousarray(weights["context"].transpose(1, 0, 2))
+        # (S, d, S, d): what a key chosen in one slot adds to the queries of all slots.
+        self._chosen_SdSd = np.ascontiguousarray(weights["chosen"].transpose(0, 2, 1, 3))
+        self._hidden = tuple(np.ascontiguousarray(weights[name]) for name in ("hidden_in", "hidden_bias", "hidden_out"))
 
-    def keys(self, content_AF: FloatArray, element_A: IntArray) -> FloatArray:
-        """Return the (A, d) keys of elements."""
-        return content_AF @ self.content_Fd + self.element_Ed[element_A]
+    def keys(self, content_XF: FloatArray, element_X: IntArray) -> FloatArray:
+        """Return the (d, X) keys of elements."""
+        return np.ascontiguousarray((content_XF @ self._content_Fd + self._element_Ed[element_X]).T)
 
-    def propose(self, asked: Asked, uniform_NRT: NDArray[np.float64], temperature: float = 1.0) -> IntArray:
-        """Return R creatives for each of N requests as (N, R, T) positions among the candidates.
+    def propose(self, asked: Asked, uniform_RT: NDArray[np.float64], temperature: float = 1.0) -> IntArray:
+        """Return R creatives, (R, T) places among the candidates.
 
         Args:
-            asked: The requests.
-            uniform_NRT: Numbers in [0, 1) that decide: the same numbers, the same proposals.
+            asked: The request.
+            uniform_RT: Numbers in [0, 1) that decide: the same numbers, the same proposals.
             temperature: Above 1 the proposals differ more than the generator's own samples, below 1 less; > 0.
         """
-        chosen_NRT, inverse = np.zeros(uniform_NRT.shape, np.int64), np.float32(1.0 / temperature)
-        for visit in self._visits(asked, chosen_NRT):
-            logits = visit.logits
-            logits -= logits.max(-1, keepdims=True)
-            logits *= inverse
-            cumulative = np.add.accumulate(np.exp(logits, out=logits), -1, dtype=np.float64)
-            threshold = uniform_NRT[visit.rows, :, visit.place, None] * cumulative[..., -1:]
-            # The first place beyond the threshold: there is one, as the numbers are below 1.
-            chosen_NRT[visit.rows, :, visit.place] = (cumulative > threshold).argmax(-1)
-        return chosen_NRT
+        place_RT = np.zeros(uniform_RT.shape, np.int64)
+        self._visit(asked, place_RT, uniform_RT, np.float32(1.0 / temperature))
+        return place_RT
 
-    def log_probabilities(self, asked: Asked, chosen_NRT: IntArray) -> FloatArray:
-        """Return the (N, R, T) log-probability of each choice, given the choices in the slots before it."""
-        out = np.zeros(chosen_NRT.shape, np.float32)
-        for visit in self._visits(asked, chosen_NRT):
-            chosen = chosen_NRT[visit.rows, :, visit.place, None]
-            log_pi = _log_softmax(visit.logits)
-            out[visit.rows, :, visit.place] = np.take_along_axis(log_pi, chosen, -1)[..., 0]
-        return out
+    def log_probabilities(self, asked: Asked, place_RT: IntArray) -> FloatArray:
+        """Return the (R, T) log-probability of each choice, given the choices in the slots before it."""
+        return self._visit(asked, np.ascontiguousarray(place_RT), np.empty((0, 0)), np.float32(1.0))
 
-    def _visits(self, asked: Asked, chosen_NRT: IntArray) -> Iterator[Visit]:
-        """Go through the slots of each request in its order; a choice counts as made once the visit is over."""
-        base_NSd = self._base(asked)
-        h_NRSd = np.repeat(base_NSd[:, None], chosen_NRT.shape[1], 1)
-        turns = list(self._turns(asked, base_NSd))
-        for number, (place, rows) in enumerate(turns, 1):
-            slot, key_NAd = asked.slots[place], asked.keys[place][rows]
-            if slot < 0:
-                shape = len(key_NAd), chosen_NRT.shape[1], key_NAd.shape[1]
-                yield Visit(place, rows, np.zeros(shape, np.float32))
-                continue
-            h_NRd = h_NRSd[rows, :, slot]
-            yield Visit(place, rows, self._logits(h_NRd, key_NAd))
-            if self.variant != "parallel" and number < len(turns):
-                first_N1 = np.arange(len(key_NAd))[:, None]
-                pull = key_NAd[first_N1, chosen_NRT[rows, :, place]] @ self.chosen_SdX[slot]
-                h_NRSd[rows] += pull.reshape(*h_NRd.shape[:2], *base_NSd.shape[1:])
+    def _visit(
+        self, asked: Asked, place_RT: IntArray, uniform_RT: NDArray[np.float64], inverse: np.float32
+    ) -> FloatArray:
+        log_pi_RT: FloatArray = _visit(
+            np.array(asked.slots, np.int64),
+            asked.first,
+            asked.keys,
+            _base(self._slot_Sd, self._context_CSd, self._product_Pd[asked.product], asked.context),
+            self._chosen_SdSd,
+            *self._hidden,
+            VARIANTS.index(self.variant),
+            uniform_RT,
+            inverse,
+            place_RT,
+        )
+        return log_pi_RT
 
-    def _turns(self, asked: Asked, base_NSd: FloatArray) -> Iterator[tuple[int, IntArray | slice]]:
-        """Yield a place and the requests that fill it next; in a fixed order that is all of them."""
-        slots = asked.slots
-        if self.variant != "confident":
-            for place in sorted(range(len(slots)), key=lambda place: (slots[place] < 0, slots[place], place)):
-                yield place, slice(None)
-            return
-        for place_N in self._surest_first(asked, base_NSd).T:
-            for place in np.unique(place_N).tolist():
-                yield place, np.flatnonzero(place_N == place)
 
-    def _surest_first(self, asked: Asked, base_NSd: FloatArray) -> IntArray:
-        """Return the places of each request's slots, those first in which the generator is surest, (N, T)."""
-        num_requests, slots = len(base_NSd), asked.slots
-        # In the order of the vocabulary first, so that equal ones come out as in torch; unknown slots last.
-        rank_NT = np.full((num_requests, len(slots)), np.inf, np.float32)
-        for place, slot in enumerate(slots):
+@njit(cache=True, nogil=True)
+def _base(slot_Sd: FloatArray, context_CSd: FloatArray, product_d: FloatArray, context_C: FloatArray) -> FloatArray:
+    """Return what the query of each slot starts from, (S, d)."""
+    base_Sd = slot_Sd + product_d
+    for c in range(len(context_C)):
+        if context_C[c] != 0:
+            for s in range(base_Sd.shape[0]):
+                for i in range(base_Sd.shape[1]):
+                    base_Sd[s, i] += context_C[c] * context_CSd[c, s, i]
+    return base_Sd
+
+
+@njit(cache=True, nogil=True)
+def _logits(
+    h_d: FloatArray,
+    keys_dX: FloatArray,
+    low: int,
+    high: int,
+    in_dh: FloatArray,
+    bias_h: FloatArray,
+    out_hd: FloatArray,
+    hidden_h: FloatArray,
+    query_d: FloatArray,
+    logit_X: FloatArray,
+) -> None:
+    """Write the logits of a slot's candidates, those from `low` to `high`."""
+    hidden_h[:] = bias_h
+    for i in range(len(h_d)):
+        for j in range(len(hidden_h)):
+            hidden_h[j] += h_d[i] * in_dh[i, j]
+    query_d[:] = h_d
+    for j in range(len(hidden_h)):
+        bent = math.tanh(hidden_h[j])
+        for i in range(len(query_d)):
+            query_d[i] += bent * out_hd[j, i]
+    scale = np.float32(1.0 / math.sqrt(len(h_d)))
+    logit_X[low:high] = 0
+    for i in range(len(query_d)):
+        number, row_X = scale * query_d[i], keys_dX[i]
+        for x in range(low, high):
+            logit_X[x] += number * row_X[x]
+
+
+@njit(cache=True, nogil=True)
+def _entropy(logit_X: FloatArray, low: int, high: int) -> np.float32:
+    """Return the entropy of a slot's candidates, relative to the log of their number."""
+    top = logit_X[low:high].max()
+    total, weighted = np.float32(0), np.float32(0)
+    for x in range(low, high):
+        share = math.exp(logit_X[x] - top)
+        total += share
+        weighted += share * (logit_X[x] - top)
+    return np.float32((math.log(total) - weighted / total) / math.log(max(2, high - low)))
+
+
+@njit(cache=True, nogil=True)
+def _visit(
+    slot_T: IntArray,
+    first_T1: IntArray,
+    keys_dX: FloatArray,
+    base_Sd: FloatArray,
+    chosen_SdSd: FloatArray,
+    in_dh: FloatArray,
+    bias_h: FloatArray,
+    out_hd: FloatArray,
+    variant: int,
+    uniform_RT: NDArray[np.float64],
+    inverse: np.float32,
+    place_RT: IntArray,
+) -> FloatArray:
+    """Fill the slots of R creatives, or with no uniform numbers look at those that are given.
+
+    Returns:
+        (R, T) log-probability of each choice at temperature 1.
+    """
+    num_creatives, num_slots = place_RT.shape
+    num_known, width = base_Sd.shape
+    hidden_h, query_d = np.empty(len(bias_h), np.float32), np.empty(width, np.float32)
+    logit_X, share_X = np.zeros(keys_dX.shape[1], np.float32), np.empty(keys_dX.shape[1], np.float64)
+    # In the order of the vocabulary, unknown slots last; surest first in the variant "confident".
+    rank_T = np.empty(num_slots, np.float64)
+    for t in range(num_slots):
+        slot = slot_T[t]
+        rank_T[t] = slot if slot >= 0 else num_known + t
+    order_T = np.argsort(rank_T, kind="mergesort")
+    if variant == _CONFIDENT:
+        for t in range(num_slots):
+            slot, low, high = slot_T[t], first_T1[t], first_T1[t + 1]
             if slot >= 0:
-                logits = self._logits(base_NSd[:, None, slot], asked.keys[place])[:, 0]
-                log_pi = _log_softmax(logits)
-                rank_NT[:, place] = -(np.exp(log_pi) * log_pi).sum(-1) / np.log(max(2, logits.shape[1]))
-        by_slot = np.array(sorted(range(len(slots)), key=lambda place: slots[place]))
-        order_NT: IntArray = by_slot[np.argsort(rank_NT[:, by_slot], axis=1, kind="stable")]
-        return order_NT
-
-    def _base(self, asked: Asked) -> FloatArray:
-        """Return what a slot's query starts from, (N, S, d)."""
-        # One small product for each request, not one for all: its rounding must not depend on who else is asking.
-        context_NSd: FloatArray = np.matmul(self.context_SdC, asked.context[:, None, :, None])[..., 0]
-        return self.slot_Sd + context_NSd + self.product_Pd[asked.product][:, None, :]
-
-    def _logits(self, h_NRd: FloatArray, key_NAd: FloatArray) -> FloatArray:
-        hidden_in, hidden_bias, hidden_out = self.hidden
-        query_NRd = h_NRd + np.tanh(h_NRd @ hidden_in + hidden_bias) @ hidden_out
-        logits: FloatArray = np.matmul(query_NRd, key_NAd.transpose(0, 2, 1)) * np.float32(self.width**-0.5)
-        return logits
-
-
-@dataclass(frozen=True, slots=True)
-class Visit:
-    """The choice of some requests in one slot."""
-
-    place: int
-    """Which of the T slots."""
-    rows: IntArray | slice
-    """Which of the N requests."""
-    logits: FloatArray
-    """(rows, R, A)"""
-
-
-def _log_softmax(logits: FloatArray) -> FloatArray:
-    top = logits.max(-1, keepdims=True)
-    log_pi: FloatArray = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
-    return log_pi
+                _logits(base_Sd[slot], keys_dX, low, high, in_dh, bias_h, out_hd, hidden_h, query_d, logit_X)
+                rank_T[t] = _entropy(logit_X, low, high)
+            else:
+                rank_T[t] = np.inf
+        order_T = order_T[np.argsort(rank_T[order_T], kind="mergesort")]
+    log_pi_RT = np.empty(place_RT.shape, np.float32)
+    h_Sd = np.empty_like(base_Sd)
+    for r in range(num_creatives):
+        h_Sd[:] = base_Sd
+        for turn in range(num_slots):
+            t = order_T[turn]
+            slot, low, high = slot_T[t], first_T1[t], first_T1[t + 1]
+            if slot >= 0:
+                _logits(h_Sd[slot], keys_dX, low, high, in_dh, bias_h, out_hd, hidden_h, query_d, logit_X)
+            top = logit_X[low:high].max()
+            if len(uniform_RT):
+                total = 0.0
+                for x in range(low, high):
+                    total += math.exp((logit_X[x] - top) * inverse)
+                    share_X[x] = total
+                # The first place beyond the threshold: there is one, as the numbers are below 1.
+                threshold, x = uniform_RT[r, t] * total, low
+                while share_X[x] <= threshold:
+                    x += 1
+                place_RT[r, t] = x - low
+            else:
+                total = 0.0
+                for x in range(low, high):
+                    total += math.exp(logit_X[x] - top)
+                log_pi_RT[r, t] = logit_X[low + place_RT[r, t]] - top - math.log(total)
+            if slot >= 0 and variant != _PARALLEL and turn + 1 < num_slots:
+                x = low + place_RT[r, t]
+                for i in range(width):
+                    number = keys_dX[i, x]
+                    for s in range(num_known):
+                        for j in range(width):
+                            h_Sd[s, j] += number * chosen_SdSd[slot, i, s, j]
+    return log_pi_RT

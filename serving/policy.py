@@ -18,10 +18,10 @@ The logit of creative e under one draw, with z(e) what the draw sees in an eleme
 
 The pairs of content enter a search as the *pull* of a choice on the other slots, W_st z_t, so time and memory of a
 request are linear in the sum of its candidates, times M. The effects of single pairs of elements need a table of a
-card's candidates; it is kept where it is small (`serving.search.MAX_PAIRED`).
+card's candidates; it is kept where it is small (`serving.card.MAX_PAIRED`).
 
-Shapes: N requests of one shape, M draws (L = M + 1 with the posterior mean last), S slots of the vocabulary, T slots of
-a request, A candidates of a slot, R starts, F content numbers, C context columns, K cards kept.
+Shapes: M draws (L = M + 1 with the posterior mean last), T slots of a request, A candidates of a slot, R starts, F
+content numbers, C context columns.
 
 References:
     Chapelle and Li (2011), An Empirical Evaluation of Thompson Sampling. Hill et al. (2017), An Efficient Bandit
@@ -43,11 +43,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.card import Card, Cards, checked
 from serving.credits import CardEffects, Credit, widened
 from serving.effects import Effects
 from serving.pointer import VARIANTS, Pointer
 from serving.refine import relay
-from serving.search import Card, Deck, Problem, Shape
+from serving.search import Problem
 from streams.contracts.catalog import Element
 from streams.contracts.encoders import ContentEncoder
 from streams.contracts.features import ContextValue, FeatureSpec
@@ -57,11 +58,6 @@ from streams.contracts.snapshot import SnapshotError, SnapshotManifest, unpack_t
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
 
-MAX_BATCH = 64
-"""Requests that one pass of the search takes; more are cut, so that its arrays stay in the cache of a core."""
-MAX_CARDS = 4096
-MAX_DECKS = 16
-"""Shapes of requests for which prepared cards are kept, at most 64 MiB each."""
 MAX_SOLVED = 4096
 """Requests whose winners are remembered."""
 
@@ -144,7 +140,7 @@ class UniformPolicy:
         """
         choices = []
         for request in requests:
-            names, elements = _checked(request)
+            names, elements = checked(request.candidates)
             places = _uniform_places(_unit_numbers(request.seed, 2 + len(names)), elements)
             slot_propensities = {name: 1.0 / len(ids) for name, ids in zip(names, elements, strict=True)}
             choices.append(
@@ -184,14 +180,14 @@ class Policy:
             {n.removeprefix("generator."): w for n, w in tensors.items() if n.startswith("generator.")},
             settings.variant,
         )
-        self._encoder = ContentEncoder.from_id(
+        encoder = ContentEncoder.from_id(
             spec.encoder,
             {name: tensors[f"encoder.{name}"] for name in ("kinds", "mean", "matrix")},
             text_encoders(),
         )
         self._lock = threading.Lock()
-        self._cards: OrderedDict[bytes, Card] = OrderedDict()
-        self._decks: OrderedDict[Shape, Deck] = OrderedDict()
+        """Of the caches; searches run beside each other."""
+        self._cards = Cards(spec, self._effects, self.pointer, encoder)
         self._solved: OrderedDict[bytes, _Solved] = OrderedDict()
 
     @classmethod
@@ -310,12 +306,10 @@ class Policy:
         """
         scale = self.settings.thompson_scale
         card = self._card_of(request)
-        with self._lock:
-            deck, (row,) = self._deal([card])
-            main = self._main(deck, np.array([row]), context_C[None])
-            narrow = None if pair is not None else deck.pair_effects(row)
+        main = Problem.of(card, -1, context_C).by_slot()
+        narrow = None if pair is not None else card.pair_effects()
         deviation = self._effects.context_deviation(card.index, context_C, self.settings.noise_seed)
-        wide = [widened(main_1LA[0], scale) + dev_LA for main_1LA, dev_LA in zip(main, deviation, strict=True)]
+        wide = [widened(main_LA, scale) + dev_LA for main_LA, dev_LA in zip(main, deviation, strict=True)]
         if narrow is not None:
             of_pairs = self._effects.pair_deviation(card.index, self.settings.noise_seed)
             pair = [
@@ -330,15 +324,7 @@ class Policy:
 
     def _card_of(self, request: DecisionRequest) -> Card:
         with self._lock:
-            return self._card(_request_key(request)[0], request)
-
-    def _shares(self, request: DecisionRequest, card: Card, places: Sequence[int]) -> list[FloatArray]:
-        """Return the credits (L, A) of every candidate of each slot, the other slots filled with `places`."""
-        with self._lock:
-            deck, (row,) = self._deal([card])
-            context_1C = self.spec.context_matrix([request.context])
-            main = self._main(deck, np.array([row]), context_1C)
-            return deck.shares(row, [main_NLA[0] for main_NLA in main], places)
+            return self._cards.get(_request_key(request)[0], request.candidates, request.content)
 
     def _expected_ctr(
         self, request: DecisionRequest, solved: _Solved, places: Sequence[int], agree_MT: NDArray[np.bool_]
@@ -348,8 +334,8 @@ class Policy:
         if len(same_M):
             creative = float(solved.logits[same_M[0]])
         else:
-            shares = self._shares(request, solved.card, places)
-            creative = sum(float(share_LA[-1, a]) for share_LA, a in zip(shares, places, strict=True))
+            problem = self._problem(request, solved.card)
+            creative = float(problem.on_mean().values(np.array([[places]]))[0, 0])
         logit = solved.appeal + creative
         return 1.0 / (1.0 + math.exp(-min(max(logit, -30.0), 30.0)))
 
@@ -366,152 +352,50 @@ class Policy:
     # -- search -------------------------------------------------------------------------------------------------------
 
     def _solve(self, requests: Sequence[DecisionRequest]) -> list[_Solved]:
-        """Return the winners of each request, searching for those that are not remembered, alike ones together."""
-        with self._lock:
-            keys = [_request_key(request) for request in requests]
-            found: dict[bytes, _Solved] = {}
-            missing: dict[Shape, dict[bytes, tuple[DecisionRequest, Card]]] = {}
-            for request, (card_key, key) in zip(requests, keys, strict=True):
-                if key in self._solved:
+        """Return the winners of each request, searching for those that are not remembered."""
+        out = []
+        for request in requests:
+            card_key, key = _request_key(request)
+            with self._lock:
+                solved = self._solved.get(key)
+                if solved is not None:
                     self._solved.move_to_end(key)
-                    found[key] = self._solved[key]
-                else:
-                    card = self._card(card_key, request)
-                    missing.setdefault(card.shape, {})[key] = request, card
-            for group in missing.values():
-                items = list(group.items())
-                step = min(MAX_BATCH, self._deck(items[0][1][1]).capacity)
-                for start in range(0, len(items), step):
-                    found.update(self._search(items[start : start + step]))
-            self._solved.update((key, found[key]) for _, key in keys if key not in self._solved)
-            while len(self._solved) > MAX_SOLVED:
-                self._solved.popitem(last=False)
-            return [found[key] for _, key in keys]
-
-    def _card(self, key: bytes, request: DecisionRequest) -> Card:
-        card = self._cards.get(key)
-        if card is None:
-            names, elements = _checked(request)
-            slots = tuple(self.spec.slot_index.get(name, -1) for name in names)
-            element_index = self.spec.element_index
-            index = [
-                np.array([element_index.get((slot, e), -1) for e in ids], np.int64)
-                for slot, ids in zip(slots, elements, strict=True)
-            ]
-            content = [self._effects.content_of(rows) for rows in index]
-            for t, ids in enumerate(elements):
-                for a, element_id in enumerate(ids):
-                    # Known from an impression but not yet from the catalog counts as unknown here.
-                    if element_id in request.content and not content[t][a].any():
-                        element = request.content[element_id]
-                        content[t][a] = self._encoder.encode(names[t], element.features, element.text)
-            card = self._cards[key] = Card(key, names, elements, slots, index, content)
-            while len(self._cards) > MAX_CARDS:
-                self._cards.popitem(last=False)
-        return card
-
-    def _deck(self, card: Card) -> Deck:
-        deck = self._decks.get(card.shape)
-        if deck is None:
-            while len(self._decks) >= MAX_DECKS:
-                self._decks.popitem(last=False)
-            sizes = self.num_draws + 1, self.spec.content_size, self.pointer.width, len(self.spec.context)
-            deck = Deck(card.shape, *sizes)
-            self._decks[card.shape] = deck
-        return deck
-
-    def _deal(self, cards: Sequence[Card]) -> tuple[Deck, list[int]]:
-        """Return the deck of cards of one shape, all of them prepared in it, and their rows."""
-        deck = self._deck(cards[0])
-        for _ in range(2):
-            for card in cards:
-                if card.key not in deck.rows and len(deck.rows) < deck.capacity:
-                    self._prepare(card, deck)
-            if all(card.key in deck.rows for card in cards):
-                break
-            # Full: start again. A batch is never larger than the deck, so the second pass fits.
-            deck.rows.clear()
-        return deck, [deck.rows[card.key] for card in cards]
-
-    def _prepare(self, card: Card, deck: Deck) -> None:
-        """Compute what a card's candidates contribute whatever the context is."""
-        row = deck.rows[card.key] = len(deck.rows)
-        known = [s for s in card.slots if s >= 0]
-        targets = [t for t, s in enumerate(card.slots) if s >= 0]
-        is_whole = card.slots == tuple(range(len(self.spec.slots)))
-        effects = self._effects
-        for t, slot in enumerate(card.slots):
-            content_AF, index_A = card.content[t], card.index[t]
-            deck.keys[t][row] = self.pointer.keys(content_AF, index_A)
-            content_LAF = deck.content[t][row] = effects.drawn(content_AF, index_A)
-            base_LA, pull_ALTF = deck.base[t][row], deck.pulls[t][row]
-            if slot < 0:
-                base_LA[:] = 0.0
-                pull_ALTF[:] = 0.0
-                deck.by_context[t][row] = 0.0
-                continue
-            weights_LF1 = effects.content_LSF[:, slot, :, None]
-            base_LA[:] = np.matmul(content_LAF, weights_LF1)[..., 0] + effects.own(index_A)
-            deck.by_context[t][row] = effects.by_context(index_A)
-            num_draws, size, num_slots, _ = effects.pull_SLFSF[slot].shape
-            flat_LFZ = effects.pull_SLFSF[slot].reshape(num_draws, size, num_slots * size)
-            pull_LAZ = np.matmul(content_LAF, flat_LFZ)
-            pull_ALSF = pull_LAZ.reshape(num_draws, -1, num_slots, size).transpose(1, 0, 2, 3)
-            if is_whole:  # the common case, without a detour over indices
-                pull_ALTF[:] = pull_ALSF
-            else:
-                pull_ALTF[:] = 0.0
-                pull_ALTF[:, :, targets] = pull_ALSF[:, :, known]
-        if deck.has_pairs:
-            table_ZZ = deck.all_pairs[row]
-            for t, span in enumerate(deck.spans):
-                table_ZZ[span, span] = 0.0
-                if t:  # with the slots before; the other way round it is the same
-                    before = slice(0, span.start)
-                    table_ZZ[span, before] = effects.pairs(card.index[t], np.concatenate(card.index[:t]))
-                    table_ZZ[before, span] = table_ZZ[span, before].T
+                    out.append(solved)
+                    continue
+                card = self._cards.get(card_key, request.candidates, request.content)
+            solved = self._search(key, request, card)
+            out.append(solved)
+            with self._lock:
+                self._solved[key] = solved
+                while len(self._solved) > MAX_SOLVED:
+                    self._solved.popitem(last=False)
+        return out
 
     def problem(self, request: DecisionRequest) -> Problem:
-        """Return what a search of one request works on, until the next one is prepared: for benchmarks of searches."""
-        with self._lock:
-            card_key, _ = _request_key(request)
-            return self._problem([request], [self._card(card_key, request)])
+        """Return what a search of a request works on."""
+        return self._problem(request, self._card_of(request))
 
-    def _problem(self, requests: Sequence[DecisionRequest], cards: Sequence[Card]) -> Problem:
-        """Return requests of one shape, ready to be searched."""
-        deck, rows = self._deal(cards)
-        rows_N = np.array(rows)
-        context_NC = self.spec.context_matrix([request.context for request in requests])
-        product_N = np.array([self.spec.product_index.get(request.product_id, -1) for request in requests])
-        content = deck.content_of(rows_N)
-        main = deck.main(rows_N, content, self._effects.context_weights(context_NC), context_NC)
-        return Problem(deck, rows_N, content, main, product_N, context_NC)
+    def _problem(self, request: DecisionRequest, card: Card) -> Problem:
+        product = self.spec.product_index.get(request.product_id, -1)
+        return Problem.of(card, product, self.spec.context_row(request.context))
 
-    def _main(self, deck: Deck, rows_N: IntArray, context_NC: FloatArray) -> list[FloatArray]:
-        return deck.main(rows_N, deck.content_of(rows_N), self._effects.context_weights(context_NC), context_NC)
+    def _search(self, key: bytes, request: DecisionRequest, card: Card) -> _Solved:
+        """Find e^(m) of every draw."""
+        problem = self._problem(request, card)
+        winners_MT = self._winners(problem, self._starts(key, problem))
+        logit_M = problem.on_mean().values(winners_MT[None])[0]
+        return _Solved(card, winners_MT, logit_M, self._effects.appeal(problem.product, problem.context))
 
-    def _search(self, items: Sequence[tuple[bytes, tuple[DecisionRequest, Card]]]) -> dict[bytes, _Solved]:
-        """Find e^(m) of every draw for requests of one shape."""
-        cards = [card for _, (_, card) in items]
-        problem = self._problem([request for _, (request, _) in items], cards)
-        winners_NMT = self._winners(problem, self._starts([key for key, _ in items], problem))
-        logit_NM = problem.on_mean().values(winners_NMT[:, None])[:, 0]
-        appeal = self._effects.appeal
-        return {
-            key: _Solved(card, winners_NMT[n], logit_NM[n], appeal(int(problem.product[n]), problem.context[n]))
-            for n, (key, (_, card)) in enumerate(items)
-        }
+    def _winners(self, problem: Problem, start_RT: IntArray) -> IntArray:
+        """Return the creative e^(m) that each draw ends at, (M, T)."""
+        return relay(problem, start_RT, self.settings.max_sweeps)[0]
 
-    def _winners(self, problem: Problem, start_NRT: IntArray) -> IntArray:
-        """Return the creative e^(m) that each draw ends at, (N, M, T)."""
-        return relay(problem, start_NRT, self.settings.max_sweeps)
-
-    def _starts(self, keys: Sequence[bytes], problem: Problem) -> IntArray:
-        """Return what the draws of each request start from, (N, R, T): proposals, or the best main effects."""
+    def _starts(self, key: bytes, problem: Problem) -> IntArray:
+        """Return what the draws start from, (R, T): proposals, or the best main effects."""
         if not self.settings.proposals:
-            return np.stack([main_NLA[:, :-1].argmax(-1) for main_NLA in problem.main], -1)
-        uniform_NRT = np.stack([self._proposal_numbers(key, len(problem.main)) for key in keys])
-        return self.pointer.propose(problem.asked, uniform_NRT, self.settings.temperature)
+            return np.stack([main_LA[:-1].argmax(1) for main_LA in problem.by_slot()], -1)
+        uniform_RT = self._proposal_numbers(key, len(problem.card.names))
+        return self.pointer.propose(problem.asked, uniform_RT, self.settings.temperature)
 
     def _proposal_numbers(self, key: bytes, num_slots: int) -> NDArray[np.float64]:
         shape = self.settings.proposals, num_slots
@@ -547,18 +431,6 @@ def _request_key(request: DecisionRequest) -> tuple[bytes, bytes]:
     # The order of slots and candidates counts, that of the context's fields does not.
     card_key = msgspec.json.encode((request.candidates, content))
     return card_key, card_key + msgspec.json.encode((request.product_id, request.context), order="sorted")
-
-
-def _checked(request: DecisionRequest) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-    """Return slot names and candidates of a request that can be decided."""
-    if not request.candidates:
-        raise ValueError(f"request for product {request.product_id!r} has no slot; expected at least one")
-    for name, ids in request.candidates.items():
-        if not ids or len(set(ids)) != len(ids):
-            raise ValueError(
-                f"slot {name!r} has {len(ids)} candidates, {len(set(ids))} distinct; expected >= 1, distinct"
-            )
-    return tuple(request.candidates), tuple(tuple(ids) for ids in request.candidates.values())
 
 
 def _unit_numbers(seed: int, count: int) -> list[float]:

@@ -257,7 +257,7 @@ def test_effects_of_pairs_are_left_out_of_wide_cards_alone(monkeypatch: pytest.M
     tensors["pairs"], tensors["pair"] = pack_pairs(np.array([index[:2]])), np.array([2.0], np.float32)
     tensors["pair_sd"] = np.zeros(1, np.float32)
     with_pairs = Policy(spec_of(), tensors, PolicySettings()).credits(request_of(), creative)
-    monkeypatch.setattr("serving.search.MAX_PAIRED", 5)
+    monkeypatch.setattr("serving.card.MAX_PAIRED", 5)
     without = Policy(spec_of(), tensors, PolicySettings()).credits(request_of(), creative)
     shares = {slot: with_pairs[slot].credit - without[slot].credit for slot in creative}
     assert list(shares.values()) == pytest.approx([1.0, 1.0, 0.0], abs=1e-5)
@@ -265,9 +265,8 @@ def test_effects_of_pairs_are_left_out_of_wide_cards_alone(monkeypatch: pytest.M
 
 def test_caches_stay_bounded_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.policy.MAX_SOLVED", 4)
-    monkeypatch.setattr("serving.policy.MAX_CARDS", 3)
-    monkeypatch.setattr("serving.policy.MAX_DECKS", 1)
-    monkeypatch.setattr("serving.search.MAX_CARDS", 2)
+    monkeypatch.setattr("serving.card.MAX_LAYOUTS", 1)
+    monkeypatch.setattr("serving.card.MAX_BYTES", 8_000)
     requests = [
         request_of(s, candidates={"title": SLOTS["title"][: 1 + s % 3], "tag": (*SLOTS["tag"][s % 2 :], f"x{s}")})
         for s in range(40)
