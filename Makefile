@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_FLAGS ?=
+# Processes among which the test files are shared out.
+TEST_WORKERS ?= 2
 
 .PHONY: install demo test test-containers test-long lint format clean
 
@@ -24,8 +26,10 @@ $(STAMP): pyproject.toml
 demo: install
 	$(BIN)/genco demo $(DEMO_FLAGS)
 
+# In the order of the files, so that the long ones of tests/e2e do not come last.
 test: install
-	$(BIN)/python -m pytest -m "not long and not docker"
+	$(BIN)/python -m pytest -m "not long and not docker" \
+		--numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Needs a Docker engine.
 test-containers: install

@@ -1,6 +1,7 @@
 """What holds for all tests."""
 
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,19 @@ from hypothesis import settings
 # The machines are shared: how long one example takes says nothing.
 settings.register_profile("shared", deadline=None)
 settings.load_profile("shared")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Prepare a worker of pytest-xdist, and the processes that its tests start, before anything imports numpy."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is None:
+        return
+    # Threads of torch spin while they wait for each other, and more of them than cores make a second a minute.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # numba changes the index of a cache without a lock: of two that compile a function for different types at a time,
+    # one could leave its code under the types of the other.
+    assert config.cache is not None
+    os.environ["NUMBA_CACHE_DIR"] = str(config.cache.mkdir("numba") / worker)
 
 
 @pytest.fixture(autouse=True)

@@ -21,17 +21,20 @@ KEY = b"k" * 32
 NOW_MS = 1_764_000_000_000
 
 
-def snapshot(version: int, epoch: int = 1, blob: bytes | None = None, feature_spec_hash: str = "f") -> PolicySnapshot:
+def snapshot(
+    model_id: str, epoch: int, version: int, blob: bytes | None = None, feature_spec_hash: str = "f"
+) -> PolicySnapshot:
     """Return a snapshot signed with `KEY`; without a blob, of bytes that no server can load."""
-    blob = b"weights of %d" % version if blob is None else blob
+    blob = f"weights {epoch}:{version}".encode() if blob is None else blob
     manifest = SnapshotManifest(
-        model_id="default",
+        model_id=model_id,
         epoch=epoch,
         version=version,
         sha256=hashlib.sha256(blob).hexdigest(),
         num_bytes=len(blob),
         feature_spec_hash=feature_spec_hash,
         gate=GateVerdict(accepted=True),
+        metrics={"log_loss": 0.0625},
         created_at_ms=NOW_MS,
     )
     return PolicySnapshot(sign(manifest, KEY), blob)

@@ -94,8 +94,8 @@ def learn(client: redis.Redis) -> None:
     require_redis(client)
     learner = publisher(client)
     for version in range(1, HISTORY_LENGTH + 2):
-        assert learner.publish(snapshot(version)) is Outcome.PUBLISHED
-    learner.show(snapshot(1).manifest)
+        assert learner.publish(snapshot("default", 1, version)) is Outcome.PUBLISHED
+    learner.show(snapshot("default", 1, 1).manifest)
     assert learner.renew()
     learner.release()
 
@@ -143,7 +143,7 @@ def test_user_can_do_its_work_and_has_no_command_that_it_does_not_need(
     if user != "learner":
         learner = publisher(root)
         for version in (1, 2, 3):
-            learner.publish(snapshot(version))
+            learner.publish(snapshot("default", 1, version))
     root.script_flush()
     root.config_resetstat()
     with shipped.client(user) as client:
@@ -232,7 +232,7 @@ def test_password_is_rotated_and_a_server_that_missed_it_says_so_and_serves_on(
     shipped: ShippedRedis, root: redis.Redis, tmp_path: Path
 ) -> None:
     learner = publisher(root)
-    learner.publish(snapshot(1))
+    learner.publish(snapshot("default", 1, 1))
     old, new = password("server"), "another-password-of-the-server"
     holder = PolicyHolder()
     policy: Any = object()
@@ -267,7 +267,7 @@ def test_password_is_rotated_and_a_server_that_missed_it_says_so_and_serves_on(
             root.execute_command("ACL", "LOAD")
             assert (accepts(old), accepts(new)) == accepted
         root.client_kill_filter(user="server")
-        learner.publish(snapshot(2))
+        learner.publish(snapshot("default", 1, 2))
         refresher.refresh()  # the connection that was cut
         assert not refresher.refresh()
         assert "AuthenticationError" in (refresher.fault or "")

@@ -62,7 +62,7 @@ class Learner(threading.Thread):
             if not self._publisher.holds_lease:
                 continue
             version += 1
-            made = snapshot(version, self._publisher.fence.epoch, blob, spec.hash)
+            made = snapshot("default", self._publisher.fence.epoch, version, blob, spec.hash)
             try:
                 self._publisher.show(made.manifest)
                 if self._publisher.publish(made) is Outcome.PUBLISHED:

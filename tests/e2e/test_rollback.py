@@ -1,6 +1,5 @@
 """Servers follow an operator: back, forth, and through a Redis that loses everything."""
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -19,14 +18,13 @@ from serving.refresher import Refresher
 from serving.snapshot_store import LastGood, SnapshotStore
 from streams.contracts.registry import Version
 from streams.contracts.settings import KafkaSettings
-from streams.contracts.snapshot import GateVerdict, PolicySnapshot, SnapshotManifest, sign
 from streams.contracts.topics import CONTROL
 from streams.control_log import ControlLog
 from streams.registry import Registry
 from streams.registry_actions import Operator, Order
 from streams.telemetry import now_ms
+from tests.snapshots import KEY, snapshot
 
-KEY = b"k" * 32
 MODEL = "default"
 
 
@@ -69,21 +67,6 @@ class Server:
         self.refresher.stop()
 
 
-def snapshot(epoch: int, version: int) -> PolicySnapshot:
-    blob = f"weights {epoch}:{version}".encode()
-    manifest = SnapshotManifest(
-        model_id=MODEL,
-        epoch=epoch,
-        version=version,
-        sha256=hashlib.sha256(blob).hexdigest(),
-        num_bytes=len(blob),
-        feature_spec_hash="f",
-        gate=GateVerdict(accepted=True),
-        created_at_ms=now_ms(),
-    )
-    return PolicySnapshot(sign(manifest, KEY), blob)
-
-
 @pytest.fixture
 def control() -> Iterator[ControlLog]:
     with MockBroker({CONTROL: 1}) as broker:
@@ -117,23 +100,23 @@ def test_servers_follow_rollback_pin_and_their_end_and_a_pin_outlives_redis(
 
     with closing(make_server()) as server:
         for version in (1, 2, 3):
-            learner.publish(snapshot(1, version))
+            learner.publish(snapshot(MODEL, 1, version))
         server.await_serving("1.3", 3)
         operator.rollback(None, order())
         server.await_serving("1.2", 4)
-        assert learner.publish(snapshot(1, 4)) is Outcome.FROZEN
+        assert learner.publish(snapshot(MODEL, 1, 4)) is Outcome.FROZEN
         operator.unfreeze(order())
         time.sleep(0.3)
         assert server.serves == ("1.2", 4), "until the next publication"
-        assert learner.publish(snapshot(1, 5)) is Outcome.PUBLISHED
+        assert learner.publish(snapshot(MODEL, 1, 5)) is Outcome.PUBLISHED
         server.await_serving("1.5", 5)
         operator.pin(Version(1, 1), order())
         server.await_serving("1.1", 6)
 
         client.flushall()
-        assert learner.publish(snapshot(1, 6)) is Outcome.NOT_HOLDER
+        assert learner.publish(snapshot(MODEL, 1, 6)) is Outcome.NOT_HOLDER
         assert learner.acquire()
-        assert learner.publish(snapshot(2, 7)) is Outcome.PINNED
+        assert learner.publish(snapshot(MODEL, 2, 7)) is Outcome.PINNED
         time.sleep(0.3)
         assert server.serves == ("1.1", 6), "what it has, as the pin says"
 
@@ -145,8 +128,8 @@ def test_servers_follow_rollback_pin_and_their_end_and_a_pin_outlives_redis(
         successor = Publisher(client, MODEL, 60_000, Fence(), control=control)
         assert successor.acquire()
         assert successor.fence.epoch == 3
-        assert successor.publish(snapshot(3, 8)) is Outcome.PINNED
+        assert successor.publish(snapshot(MODEL, 3, 8)) is Outcome.PINNED
         operator.unpin(order())
-        assert successor.publish(snapshot(3, 9)) is Outcome.PUBLISHED
+        assert successor.publish(snapshot(MODEL, 3, 9)) is Outcome.PUBLISHED
         restarted.await_serving("3.9", successor.fence.revision)
         assert successor.fence.revision > 6

@@ -1,6 +1,5 @@
 """Publication against a real Redis: the pointer only moves on, one learner at a time, and outlives `FLUSHALL`."""
 
-import hashlib
 import itertools
 import time
 import uuid
@@ -27,7 +26,8 @@ from streams.contracts.registry import (
     pin_key,
     published_channel,
 )
-from streams.contracts.snapshot import GateVerdict, PolicySnapshot, SnapshotManifest
+from streams.contracts.snapshot import GateVerdict, SnapshotManifest
+from tests.snapshots import snapshot
 
 LEASE_MS = 60_000
 
@@ -55,21 +55,6 @@ def publisher(client: redis.Redis, model: str) -> Publisher:
     made = Publisher(client, model, LEASE_MS, Fence())
     assert made.acquire()
     return made
-
-
-def snapshot(model: str, epoch: int, version: int, text: str = "weights") -> PolicySnapshot:
-    blob = f"{text} {epoch}:{version}".encode()
-    manifest = SnapshotManifest(
-        model_id=model,
-        epoch=epoch,
-        version=version,
-        sha256=hashlib.sha256(blob).hexdigest(),
-        num_bytes=len(blob),
-        feature_spec_hash="f",
-        gate=GateVerdict(accepted=True),
-        created_at_ms=0,
-    )
-    return PolicySnapshot(manifest, blob)
 
 
 def current(client: redis.Redis, model: str) -> dict[str, Any]:
@@ -417,7 +402,7 @@ def test_publishing_the_same_version_again_keeps_what_the_pointer_names(
 def test_blob_of_a_published_version_is_immutable(client: redis.Redis, publisher: Publisher, model: str) -> None:
     publisher.publish(snapshot(model, 1, 1))
     client.set(lease_key(model), "somebody else")
-    publisher.publish(snapshot(model, 1, 1, text="other weights"))
+    publisher.publish(snapshot(model, 1, 1, blob=b"other weights"))
     assert client.get(blob_key(model, 1, 1)) == snapshot(model, 1, 1).blob
 
 

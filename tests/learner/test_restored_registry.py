@@ -14,7 +14,8 @@ from streams.contracts.control import Action, ControlRecord, newest
 from streams.contracts.registry import Version
 from streams.registry import Registry
 from streams.registry_actions import Operator, Order
-from tests.learner.test_publisher import LEASE_MS, current, snapshot
+from tests.learner.test_publisher import LEASE_MS, current
+from tests.snapshots import snapshot
 
 NOW_MS = 1_764_000_000_000
 

@@ -1,6 +1,5 @@
 """What operators do, by the scripts in a real Redis, while a learner publishes."""
 
-import hashlib
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -25,27 +24,11 @@ from streams.contracts.registry import (
     pin_key,
     published_channel,
 )
-from streams.contracts.snapshot import GateVerdict, PolicySnapshot, SnapshotManifest
 from streams.registry import Registry
 from streams.registry_actions import ActionRefusedError, NotRecordedError, Operator, Order, Refusal
+from tests.snapshots import snapshot
 
 ORDER = Order(who="ann@host", when_ms=5, reason="drill")
-
-
-def snapshot(model: str, epoch: int, version: int) -> PolicySnapshot:
-    blob = f"weights {epoch}:{version}".encode()
-    manifest = SnapshotManifest(
-        model_id=model,
-        epoch=epoch,
-        version=version,
-        sha256=hashlib.sha256(blob).hexdigest(),
-        num_bytes=len(blob),
-        feature_spec_hash="f",
-        gate=GateVerdict(accepted=True),
-        metrics={"log_loss": 0.0625},
-        created_at_ms=0,
-    )
-    return PolicySnapshot(manifest, blob)
 
 
 @pytest.fixture(scope="module")
