@@ -17,6 +17,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.ascent import filled_up
 from serving.effects import Effects, SlotWeights
 from serving.pointer import Pointer
 from streams.contracts.catalog import Element
@@ -45,13 +46,13 @@ class Card:
     """Vocabulary index of each slot, -1 if the snapshot lacks it."""
     index: list[IntArray]
     """Of each slot, the vocabulary index of each candidate, -1 if the snapshot lacks it."""
-    first: IntArray
+    first: NDArray[np.uint64]
     """(T + 1,) where the candidates of each slot begin, and at last X."""
     weights: SlotWeights
     keys: FloatArray
     """(d, X)"""
     content: FloatArray
-    """(L, F, X): content of a candidate as each draw sees it."""
+    """(L, F X): content of the candidates as each draw sees it, slot after slot (F, A) numbers; F is filled up."""
     base: FloatArray
     """(L, X): main effect of a candidate without context."""
     by_context: FloatArray
@@ -88,14 +89,16 @@ class Card:
 
     def pair_effects(self) -> list[list[FloatArray]]:
         """Return what pairs of candidates add together: [t][s] with s < t, (L, A of slot t, B of slot s)."""
-        spans, size = self.spans, self.content.shape[1]
+        spans, size = self.spans, self.weights.pull.shape[2]
+        content = [
+            self.content[:, size * span.start : size * span.stop].reshape(len(self.content), size, -1) for span in spans
+        ]
         out: list[list[FloatArray]] = []
         for t, span in enumerate(spans):
-            content_LAF = self.content[:, :, span].transpose(0, 2, 1)
-            pull_LAZ = np.matmul(content_LAF, self.weights.pull[:, t])
+            pull_LAZ = np.matmul(content[t].transpose(0, 2, 1), self.weights.pull[:, t])
             row = []
             for s, other in enumerate(spans[:t]):
-                pair_LAB = np.matmul(pull_LAZ[:, :, s * size : (s + 1) * size], self.content[:, :, other])
+                pair_LAB = np.matmul(pull_LAZ[:, :, s * size : (s + 1) * size], content[s])
                 row.append(pair_LAB + self.pair[span, other] if len(self.pair) else pair_LAB)
             out.append(row)
         return out
@@ -154,16 +157,16 @@ class Cards:
         weights = self._weights_of(slots)
         drawn_LXF = effects.drawn(content_XF, index_X)
         # A slot that the snapshot lacks has no effects, though its candidates may have content.
-        base_LX = (drawn_LXF * weights.content[:, slot_X]).sum(-1) + effects.own(index_X)
+        base_LX = (drawn_LXF * weights.content[:, slot_X, : drawn_LXF.shape[2]]).sum(-1) + effects.own(index_X)
         return Card(
             names=names,
             elements=elements,
             slots=slots,
             index=index,
-            first=np.cumsum([0, *map(len, elements)]),
+            first=np.cumsum([0, *map(len, elements)]).astype(np.uint64),
             weights=weights,
             keys=self._pointer.keys(content_XF, index_X),
-            content=np.ascontiguousarray(drawn_LXF.transpose(0, 2, 1)),
+            content=_slot_after_slot(filled_up(drawn_LXF, 2), elements),
             base=base_LX,
             by_context=np.ascontiguousarray(effects.by_context(index_X).T),
             pair=self._pairs(index) if len(index_X) <= MAX_PAIRED else np.zeros((0, 0), np.float32),
@@ -185,6 +188,12 @@ class Cards:
             pair_XX[span, before] = self._effects.pairs(index[t], np.concatenate(index[:t]))
             pair_XX[before, span] = pair_XX[span, before].T
         return pair_XX
+
+
+def _slot_after_slot(drawn_LXF: FloatArray, elements: Sequence[Sequence[str]]) -> FloatArray:
+    """Return content as the search reads it: the numbers of a slot together, (F, A)."""
+    slots = np.split(drawn_LXF, np.cumsum([len(ids) for ids in elements])[:-1], axis=1)
+    return np.concatenate([slot_LAF.transpose(0, 2, 1).reshape(len(slot_LAF), -1) for slot_LAF in slots], axis=1)
 
 
 def checked(candidates: Mapping[str, Sequence[str]]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:

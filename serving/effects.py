@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.ascent import filled_up
 from streams.contracts.snapshot import unpack_pairs
 
 FloatArray = NDArray[np.float32]
@@ -31,7 +32,7 @@ IntArray = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class SlotWeights:
-    """The core's weights for cards with the same T slots."""
+    """The core's weights for cards with the same T slots; F is filled up with zeros to a multiple of `LANES`."""
 
     content: FloatArray
     """(L, T, F)"""
@@ -56,10 +57,10 @@ class Effects:
             name: np.concatenate([tensors[f"draws.{name}"], tensors[f"mean.{name}"][None]])
             for name in ("content", "content_context", "content_pair")
         }
-        self._content_LSF = both["content"]
-        self._context_CLSF = both["content_context"].transpose(3, 0, 1, 2)
-        self._pull_LSFSF = _pulls(both["content_pair"], num_slots, size)
         # A last row of zeros answers index -1.
+        self._content_LSF = np.pad(both["content"], ((0, 0), (0, 1), (0, 0)))
+        self._context_CLSF = np.pad(both["content_context"].transpose(3, 0, 1, 2), ((0, 0), (0, 0), (0, 1), (0, 0)))
+        self._pull_LSFSF = _pulls(both["content_pair"], num_slots + 1, size)
         self._content_EF = np.pad(tensors["element_content"] + tensors["trait"], ((0, 1), (0, 0)))
         self._element_EC = np.pad(tensors["element"], ((0, 1), (0, 0)))
         self._context_sd_EC = np.pad(tensors["element_sd"][:, 1:], ((0, 1), (0, 0)))
@@ -135,12 +136,11 @@ class Effects:
 
     def weights(self, slots: Sequence[int]) -> SlotWeights:
         """Return the core's weights for a card with these slots; -1, a slot that the snapshot lacks, has zeros."""
-        known = np.array(slots) >= 0
-        content_LTF = self._content_LSF[:, slots] * known[:, None]
-        context_CLTF = self._context_CLSF[:, :, slots] * known[:, None]
-        pull_LTFTF = self._pull_LSFSF[:, slots][:, :, :, slots] * (known[:, None, None, None] & known[:, None])
-        shape = *pull_LTFTF.shape[:3], -1
-        return SlotWeights(content_LTF, np.ascontiguousarray(context_CLTF), pull_LTFTF.reshape(shape))
+        content_LTF, context_CLTF = self._content_LSF[:, slots], self._context_CLSF[:, :, slots]
+        pull_LTFTF = filled_up(filled_up(self._pull_LSFSF[:, slots][:, :, :, slots], 2), 4)
+        return SlotWeights(
+            filled_up(content_LTF, 2), filled_up(context_CLTF, 3), pull_LTFTF.reshape(*pull_LTFTF.shape[:3], -1)
+        )
 
     def appeal(self, product: int, context_C: FloatArray) -> float:
         """Return the logit of a product in a context, without any creative; index -1 is an unknown product."""
@@ -149,10 +149,13 @@ class Effects:
 
 
 def _pulls(content_pair_LQGG: FloatArray, num_slots: int, size: int) -> FloatArray:
-    """Return (L, S, F, S, F): what a content number in one slot adds to the weights of the numbers of every slot."""
+    """Return (L, S, F, S, F): what a content number in one slot adds to the weights of the numbers of every slot.
+
+    The last of the `num_slots` is one that the snapshot lacks: zeros.
+    """
     pull = np.zeros((len(content_pair_LQGG), num_slots, size, num_slots, size), np.float32)
     width = content_pair_LQGG.shape[2]
-    for t in range(num_slots):
+    for t in range(num_slots - 1):
         for s in range(t):
             pair_LGG = content_pair_LQGG[:, t * (t - 1) // 2 + s]
             pull[:, s, :width, t, :width] = pair_LGG

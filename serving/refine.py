@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 from numba import njit
 
-from serving.ascent import FloatArray, IntArray, climb_one, value_of
+from serving.ascent import FloatArray, IntArray, Places, U, climb, room_for, value_of
 from serving.search import Problem
 
 POOL: Final = 8
@@ -33,61 +33,50 @@ def relay(problem: Problem, start_RT: IntArray, max_sweeps: int) -> tuple[IntArr
         start_RT: Creatives to start from; draw m has number m modulo R.
         max_sweeps: Passes over the slots before the exchange.
     """
-    card = problem.card
-    place_MT = start_RT[np.arange(problem.num_draws) % len(start_RT)]
-    num_scores: int = _relay(place_MT, problem.main, card.content, card.weights.pull, card.pair, card.first, max_sweeps)
-    return place_MT, num_scores
+    place_MT = start_RT[np.arange(problem.num_draws) % len(start_RT)].astype(np.uint64)
+    num_scores: int = _relay(*problem.effects, place_MT, max_sweeps)
+    return place_MT.astype(np.int64), num_scores
 
 
 @njit(cache=True, nogil=True)
 def _relay(
-    place_MT: IntArray,
-    main_LX: FloatArray,
-    content_LFX: FloatArray,
-    pull_LTFZ: FloatArray,
-    pair_XX: FloatArray,
-    first_T1: IntArray,
+    main: FloatArray,
+    content: FloatArray,
+    pull: FloatArray,
+    pair: FloatArray,
+    first: Places,
+    size: U,
+    place_MT: Places,
     max_sweeps: int,
 ) -> int:
     """Improve the creatives in place."""
-    num_draws, num_slots, num_scores = place_MT.shape[0], place_MT.shape[1], 0
-    total_Z, value_M = np.empty(pull_LTFZ.shape[3], np.float32), np.empty(num_draws, np.float32)
-    beside_X, value_X = np.empty(main_LX.shape[1], np.float32), np.empty(main_LX.shape[1], np.float32)
-    for m in range(num_draws):
-        num_scores += climb_one(
-            place_MT[m],
-            main_LX[m],
-            content_LFX[m],
-            pull_LTFZ[m],
-            pair_XX,
-            first_T1,
-            max_sweeps,
-            total_Z,
-            beside_X,
-            value_X,
-        )
-        value_M[m] = value_of(place_MT[m], main_LX[-1], content_LFX[-1], pull_LTFZ[-1], pair_XX, first_T1, total_Z)
-    pool_PT = _pool(place_MT, value_M)
-    num_scores += num_draws * num_slots * (1 + len(pool_PT))
-    for m in range(num_draws):
-        main_X, content_FX, pull_TFZ = main_LX[m], content_LFX[m], pull_LTFZ[m]
-        best, most = -1, value_of(place_MT[m], main_X, content_FX, pull_TFZ, pair_XX, first_T1, total_Z)
-        for p in range(len(pool_PT)):
-            value = value_of(pool_PT[p], main_X, content_FX, pull_TFZ, pair_XX, first_T1, total_Z)
-            if value > most:
-                best, most = p, value
-        if best >= 0:
-            place_MT[m] = pool_PT[best]
-        num_scores += climb_one(
-            place_MT[m], main_X, content_FX, pull_TFZ, pair_XX, first_T1, LAST_SWEEPS, total_Z, beside_X, value_X
-        )
+    num_draws, num_slots = U(place_MT.shape[0]), U(place_MT.shape[1])
+    place, score_M, room, num_scores = place_MT.reshape(-1), np.empty(num_draws, np.float32), room_for(first, size), 0
+    for draw in range(num_draws):
+        m, p = U(draw), U(draw) * num_slots
+        num_scores += climb(main, content, pull, pair, first, size, m, place, p, room, max_sweeps)
+        score_M[m] = value_of(main, content, pull, pair, first, size, num_draws, place, p, room)
+    pool_PT = _pool(place_MT, score_M)
+    pool = pool_PT.reshape(-1)
+    num_scores += len(place) * (2 + len(pool_PT))
+    for draw in range(num_draws):
+        m, p = U(draw), U(draw) * num_slots
+        most = value_of(main, content, pull, pair, first, size, m, place, p, room)
+        for start in range(U(0), U(len(pool)), num_slots):
+            q = U(start)
+            score = value_of(main, content, pull, pair, first, size, m, pool, q, room)
+            if score > most:
+                most = score
+                for t in range(num_slots):
+                    place[p + t] = pool[q + t]
+        num_scores += climb(main, content, pull, pair, first, size, m, place, p, room, LAST_SWEEPS)
     return num_scores
 
 
 @njit(cache=True, nogil=True)
-def _pool(place_MT: IntArray, value_M: FloatArray) -> IntArray:
+def _pool(place_MT: Places, value_M: FloatArray) -> Places:
     """Return the best creatives, each once and at most `POOL`, the best first, (P, T)."""
-    pool_PT, count = np.empty((POOL, place_MT.shape[1]), np.int64), 0
+    pool_PT, count = np.empty((POOL, place_MT.shape[1]), np.uint64), 0
     for m in np.argsort(-value_M, kind="mergesort"):
         is_new = True
         for p in range(count):

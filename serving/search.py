@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from serving.ascent import FloatArray, IntArray, climb, main_effects, values
+from serving.ascent import Effects, FloatArray, IntArray, climbs, main_effects, values
 from serving.card import Card
 from serving.pointer import Asked
 
@@ -26,12 +26,16 @@ class Problem:
     """Vocabulary index of the product, -1 if the snapshot lacks it."""
     context: FloatArray
     """(C,)"""
+    effects: Effects
+    """All that the compiled search looks at."""
 
     @classmethod
     def of(cls, card: Card, product: int, context_C: FloatArray) -> Problem:
         """Return the problem of a card in a context."""
         main_LX = main_effects(card.base, card.content, card.by_context, card.weights.context, context_C, card.first)
-        return cls(card, main_LX, product, context_C)
+        pull, size = card.weights.pull, np.uint64(card.weights.pull.shape[2])
+        flat = Effects(main_LX.ravel(), card.content.ravel(), pull.ravel(), card.pair.ravel(), card.first, size)
+        return cls(card, main_LX, product, context_C, flat)
 
     @property
     def num_draws(self) -> int:
@@ -49,28 +53,30 @@ class Problem:
 
     def on_draws(self) -> Ascent:
         """Return the search under each of the M draws."""
-        return Ascent(self, slice(0, -1))
+        return Ascent(self.effects, 0)
 
     def on_mean(self) -> Ascent:
         """Return the search under the posterior mean alone, as if it were the only draw."""
-        return Ascent(self, slice(-1, None))
+        return Ascent(self.effects, self.num_draws)
 
 
 class Ascent:
-    """Searches the best creatives of a request under each of L draws."""
+    """Searches the best creatives of a request under each of L draws, those from `first_draw` on."""
 
-    def __init__(self, problem: Problem, draws: slice) -> None:
-        """Take the request, and which draws to look at."""
+    def __init__(self, effects: Effects, first_draw: int) -> None:
         self.num_scores = 0
         """Scores of single candidates that were needed so far."""
-        card = problem.card
-        self._effects = problem.main[draws], card.content[draws], card.weights.pull[draws], card.pair, card.first
+        self._effects, self._first_draw = effects, first_draw
 
     def values(self, place_LRT: IntArray) -> FloatArray:
         """Return the creative logits (L, R) of R creatives on each draw."""
         self.num_scores += place_LRT.size
-        value_LR: FloatArray = values(np.ascontiguousarray(place_LRT), *self._effects)
-        return value_LR
+        return self._values(place_LRT)
+
+    def _values(self, place_LRT: IntArray) -> FloatArray:
+        num_draws, num_creatives, _ = place_LRT.shape
+        value: FloatArray = values(*self._effects, self._first_draw, place_LRT.astype(np.uint64).ravel(), num_creatives)
+        return value.reshape(num_draws, num_creatives)
 
     def best(self, place_LRT: IntArray) -> IntArray:
         """Return the best of R creatives on each draw, (L, T)."""
@@ -78,12 +84,10 @@ class Ascent:
 
     def climb(self, start_LRT: IntArray, max_sweeps: int) -> IntArray:
         """Improve R starts, slot by slot, until nothing moves; return the best end on each draw, (L, T)."""
-        end_LRT = start_LRT.copy(order="C")
-        self.num_scores += climb(end_LRT, *self._effects, max_sweeps)
-        if end_LRT.shape[1] == 1:
-            return end_LRT[:, 0]
-        value_LR: FloatArray = values(end_LRT, *self._effects)
-        return _best(end_LRT, value_LR)
+        place, num_creatives = start_LRT.astype(np.uint64).ravel(), start_LRT.shape[1]
+        self.num_scores += climbs(*self._effects, self._first_draw, place, num_creatives, max_sweeps)
+        end_LRT = place.reshape(start_LRT.shape).astype(np.int64)
+        return end_LRT[:, 0] if num_creatives == 1 else _best(end_LRT, self._values(end_LRT))
 
 
 def _best(place_LRT: IntArray, value_LR: FloatArray) -> IntArray:

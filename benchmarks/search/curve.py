@@ -60,7 +60,7 @@ def _measure(scene: Scene, policy: Policy, kind: str, num: int, say: Callable[[s
         request = Request(policy, policy.problem(asked), np.random.default_rng([scene.seed, 4, i]))
         reference = request.ascents(REFERENCE_STARTS)
         best, best_mean = request.rewards(reference.winners)
-        floor, floor_mean = request.rewards(request.random(policy.num_draws, 1)[0, :, 0])
+        floor, floor_mean = request.rewards(request.random(policy.num_draws, 1)[:, 0])
         found = {}
         for family, settings in METHODS.items():
             for setting, search in settings.items():

@@ -3,7 +3,7 @@
 An evaluation is the score of one candidate in one slot, by a draw or by the generator. What is shared by all draws (the
 generator's proposals, a search under the posterior mean) is divided by their number.
 
-Shapes: M draws, T slots, A candidates, R starts or proposals; the leading 1 is the one request.
+Shapes: M draws, T slots, A candidates, R starts or proposals.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Final
 
 import numpy as np
 
+from serving.ascent import FloatArray, IntArray
 from serving.policy import Policy
-from serving.refine import exchange
-from serving.search import FloatArray, IntArray, Problem
+from serving.refine import relay
+from serving.search import Problem
 
 UNTIL_REST = 64
 """Sweeps after which every ascent has come to rest."""
@@ -38,64 +39,64 @@ class Request:
     def __init__(self, policy: Policy, problem: Problem, rng: np.random.Generator) -> None:
         self.problem, self._pointer, self._rng = problem, policy.pointer, rng
         self.num_draws = problem.num_draws
-        self.sizes = [main.shape[2] for main in problem.main]
+        self.sizes = [len(ids) for ids in problem.card.elements]
 
     def random(self, num_draws: int, num_starts: int) -> IntArray:
-        """Return random creatives, (1, M, R, T)."""
-        shape = 1, num_draws, num_starts
+        """Return random creatives, (M, R, T)."""
+        shape = num_draws, num_starts
         return np.stack([self._rng.integers(size, size=shape) for size in self.sizes], -1)
 
     def proposals(self, num: int, temperature: float = 1.0) -> tuple[IntArray, float]:
-        """Return creatives of the generator, (1, R, T), and what they cost."""
-        uniform = self._rng.random((1, num, len(self.sizes)))
+        """Return creatives of the generator, (R, T), and what they cost."""
+        uniform = self._rng.random((num, len(self.sizes)))
         # In parallel the scores are the same for all proposals.
         times = 1 if self._pointer.variant == "parallel" else num
         return self._pointer.propose(self.problem.asked, uniform, temperature), times * sum(self.sizes)
 
     def main_effects(self) -> IntArray:
-        """Return the best elements by main effect on each draw, (1, M, 1, T)."""
-        return np.stack([main[:, :-1].argmax(-1) for main in self.problem.main], -1)[:, :, None]
+        """Return the best elements by main effect on each draw, (M, 1, T)."""
+        return np.stack([main[:-1].argmax(-1) for main in self.problem.by_slot()], -1)[:, None]
 
     def ascents(self, num_starts: int) -> Found:
         """Coordinate ascent from random starts until it rests."""
         ascent = self.problem.on_draws()
         winners = ascent.climb(self.random(self.num_draws, num_starts), UNTIL_REST)
-        return Found(winners[0], ascent.num_scores / self.num_draws)
+        return Found(winners, ascent.num_scores / self.num_draws)
 
     def greedy(self, sweeps: int) -> Found:
         """Coordinate ascent from the best main effects."""
         ascent = self.problem.on_draws()
         winners = ascent.climb(self.main_effects(), sweeps)
-        return Found(winners[0], sum(self.sizes) + ascent.num_scores / self.num_draws)
+        return Found(winners, sum(self.sizes) + ascent.num_scores / self.num_draws)
 
     def mean_then_draws(self, num_starts: int, sweeps: int) -> Found:
         """Search under the posterior mean from random starts, then a few sweeps on each draw."""
         ascent = self.problem.on_mean()
         best = ascent.climb(self.random(1, num_starts), UNTIL_REST)
-        starts = np.broadcast_to(best[:, :, None], (1, self.num_draws, 1, len(self.sizes)))
+        starts = np.broadcast_to(best[:, None], (self.num_draws, 1, len(self.sizes)))
         return self._on_draws(starts, sweeps, ascent.num_scores)
 
     def best_proposal(self, num: int) -> Found:
         """The best of some proposals on each draw, as it is."""
         proposed, cost = self.proposals(num)
         ascent = self.problem.on_draws()
-        winners = ascent.best(np.broadcast_to(proposed[:, None], (1, self.num_draws, *proposed.shape[1:])))
-        return Found(winners[0], (cost + ascent.num_scores) / self.num_draws)
+        winners = ascent.best(np.broadcast_to(proposed, (self.num_draws, *proposed.shape)))
+        return Found(winners, (cost + ascent.num_scores) / self.num_draws)
 
     def refined_proposal(self, num: int, sweeps: int) -> Found:
         """The best of some proposals on each draw, and a few sweeps from there."""
         best = self.best_proposal(num)
-        return self._on_draws(best.winners[None, :, None], sweeps, best.evaluations * self.num_draws)
+        return self._on_draws(best.winners[:, None], sweeps, best.evaluations * self.num_draws)
 
     def _on_draws(self, start: IntArray, sweeps: int, shared: float) -> Found:
         ascent = self.problem.on_draws()
-        winners = ascent.climb(start, sweeps) if sweeps else start[:, :, 0]
-        return Found(winners[0], (shared + ascent.num_scores) / self.num_draws)
+        winners = ascent.climb(start, sweeps) if sweeps else start[:, 0]
+        return Found(winners, (shared + ascent.num_scores) / self.num_draws)
 
     def rewards(self, winners: IntArray) -> tuple[FloatArray, float]:
         """Return the creative logit of each draw's winner under that draw (M,), and their mean under the mean."""
-        on_draws = self.problem.on_draws().values(winners[None, :, None])[0, :, 0]
-        on_mean = self.problem.on_mean().values(winners[None, None])
+        on_draws = self.problem.on_draws().values(winners[:, None])[:, 0]
+        on_mean = self.problem.on_mean().values(winners[None])
         return on_draws, float(on_mean.mean())
 
     def served(self, num: int, sweeps: int, *, temperature: float = 2.0) -> Found:
@@ -108,10 +109,8 @@ class Request:
         return self._relay(self.random(1, num)[0], sweeps, 0)
 
     def _relay(self, start: IntArray, sweeps: int, shared: float) -> Found:
-        draws, mean = self.problem.on_draws(), self.problem.on_mean()
-        found = draws.climb(start[:, np.arange(self.num_draws) % start.shape[1], None], sweeps)
-        winners = exchange(draws, mean, found)
-        return Found(winners[0], (shared + mean.num_scores + draws.num_scores) / self.num_draws)
+        winners, num_scores = relay(self.problem, start, sweeps)
+        return Found(winners, (shared + num_scores) / self.num_draws)
 
 
 Search = Callable[[Request], Found]

@@ -58,8 +58,8 @@ def test_traffic_keeps_to_what_is_known_and_repeats_itself(scene: Scene) -> None
 def test_full_search_and_the_served_one_find_the_best_of_all_creatives(policy: Policy, scene: Scene, kind: str) -> None:
     request = request_of(policy, scene, kind)
     every = np.array(list(itertools.product(range(A), repeat=S)))
-    best = request.problem.on_draws().values(np.broadcast_to(every, (1, request.num_draws, *every.shape)))[0].max(1)
-    worst = request.rewards(request.random(request.num_draws, 1)[0, :, 0])[0]
+    best = request.problem.on_draws().values(np.broadcast_to(every, (request.num_draws, *every.shape))).max(1)
+    worst = request.rewards(request.random(request.num_draws, 1)[:, 0])[0]
     for family, setting in (FULL, SERVED):
         found = request.rewards(METHODS[family][setting](request).winners)[0]
         assert (found <= best + 1e-5).all()

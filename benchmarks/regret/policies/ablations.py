@@ -19,8 +19,9 @@ from learner.generator import GeneratorSettings
 from learner.online import LearnerSettings, OnlineLearner
 from learner.rest import Memory, RestSettings
 from learner.reward_model import RewardModelSettings
+from serving.ascent import IntArray
 from serving.policy import Policy
-from serving.search import IntArray, Problem
+from serving.search import Problem
 
 NOTHING: Final = 1e-6
 WINDOW_MS: Final = 540_000
@@ -106,8 +107,8 @@ class CreativeCredit(_Ablation):
 
 
 class _Raw(Policy):
-    def _winners(self, problem: Problem, start_NRT: IntArray) -> IntArray:
-        return start_NRT[:, np.arange(problem.num_draws) % start_NRT.shape[1]]
+    def _winners(self, problem: Problem, start_RT: IntArray) -> IntArray:
+        return start_RT[np.arange(problem.num_draws) % len(start_RT)]
 
 
 class _RawLearner(OnlineLearner):
