@@ -168,6 +168,7 @@ def _policy(state: ServerState, request: Request, body: bytes) -> Response:
             state.metrics,
             num_swaps=int(text),
             events_waiting=state.event_log.num_waiting,
+            seen=state.refresher.seen,
             registry_fault=state.refresher.fault,
         )
     )

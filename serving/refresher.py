@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -18,7 +19,7 @@ import redis
 from serving.metrics import ServingMetrics
 from serving.policy import Policy
 from serving.policy_holder import Chooser, Loaded, PolicyHolder
-from serving.snapshot_store import Fetched, LastGood, Pointer, SnapshotStore
+from serving.snapshot_store import Fetched, LastGood, Pointer, Sight, SnapshotStore
 from streams.contracts.events import Source
 from streams.contracts.features import FeatureSpec
 from streams.contracts.registry import published_channel
@@ -50,6 +51,14 @@ def described_elements(blob: bytes) -> dict[str, frozenset[str]]:
         if has_content[row]:
             found.setdefault(names[slot], set()).add(element_id)
     return {slot: frozenset(ids) for slot, ids in found.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What Redis showed, and when."""
+
+    sight: Sight
+    at_ms: int
 
 
 class Refresher:
@@ -103,6 +112,8 @@ class Refresher:
         self._outage: str | None = None
         self.fault: str | None = "Redis was not asked yet"
         """Why the registry could not be read last time, or None."""
+        self.seen: Seen | None = None
+        """What the registry showed when it was last read; None: not yet."""
 
     def start(self) -> None:
         """Load the last good snapshot, then ask Redis from a thread."""
@@ -129,14 +140,15 @@ class Refresher:
     def refresh(self) -> bool:
         """Ask Redis once; return whether a newer snapshot serves now."""
         try:
-            pointer = self._store.pointer()
+            sight = self._store.look()
         except redis.RedisError as error:
             self._note_outage(error)
             return False
         except SnapshotError as error:
             self._reject(error, None)
             return False
-        current = self._holder.current
+        self.seen = Seen(sight, self._now_ms())
+        pointer, current = sight.pointer, self._holder.current
         if pointer is None or pointer.revision < current.revision:
             self._note_older(None if pointer is None else pointer.revision)
             return False

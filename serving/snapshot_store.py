@@ -15,8 +15,9 @@ from typing import Any, Final, cast
 import msgspec
 import redis
 from pydantic import ValidationError
+from redis.exceptions import NoPermissionError
 
-from streams.contracts.registry import blob_key, current_key, manifest_key
+from streams.contracts.registry import Version, blob_key, current_key, freeze_key, manifest_key, pin_key
 from streams.contracts.snapshot import MAX_BLOB_BYTES, SnapshotError, SnapshotManifest, verify
 
 MAX_MANIFEST_BYTES: Final = 1024 * 1024
@@ -31,6 +32,23 @@ class Pointer:
     version: int
     revision: int
     sha256: str
+
+    @property
+    def name(self) -> Version:
+        """Which snapshot it is."""
+        return Version(self.epoch, self.version)
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What one look at the registry shows."""
+
+    pointer: Pointer | None
+    """None: nothing was published."""
+    pin: str | None = None
+    """The pinned version as EPOCH.VERSION; None: none is, or it may not be read."""
+    frozen: bool | None = None
+    """None: it may not be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +81,28 @@ class SnapshotStore:
             SnapshotError: If it is malformed.
             redis.RedisError: If Redis does not answer.
         """
-        raw = cast("dict[bytes, bytes]", self._client.hgetall(current_key(self._model_id)))
+        return self._pointer(cast("dict[bytes, bytes]", self._client.hgetall(current_key(self._model_id))))
+
+    def look(self) -> Sight:
+        """Return the pointer and what holds it, in one round trip; raises as `pointer`.
+
+        A pin or a freeze that this user may not read (a Redis with the users of an earlier release) is unknown; nothing
+        that is decided depends on it.
+        """
+        with self._client.pipeline(transaction=False) as pipeline:
+            pipeline.hgetall(current_key(self._model_id))
+            pipeline.get(pin_key(self._model_id))
+            pipeline.get(freeze_key(self._model_id))
+            raw, pin, freeze = pipeline.execute(raise_on_error=False)
+        for answer in (raw, pin, freeze):
+            if isinstance(answer, Exception) and (answer is raw or not isinstance(answer, NoPermissionError)):
+                raise answer
+        pointer = self._pointer(raw)
+        if isinstance(pin, Exception) or isinstance(freeze, Exception):
+            return Sight(pointer)
+        return Sight(pointer, None if pin is None else _readable(pin), freeze is not None)
+
+    def _pointer(self, raw: dict[bytes, bytes]) -> Pointer | None:
         if not raw:
             return None
         try:
@@ -186,6 +225,13 @@ def read_last_good(path: Path, model_id: str | None, key: bytes) -> Fetched:
     manifest = _parse_manifest(bytes(parsed.manifest))
     _check(manifest, blob, key, manifest.model_id if model_id is None else model_id)
     return Fetched(parsed.revision, manifest, blob)
+
+
+def _readable(pin: bytes) -> str:
+    try:
+        return str(Version.parse(pin.decode("ascii")))
+    except (UnicodeDecodeError, ValueError):  # shown to people, no more: what somebody wrote there stops no server
+        return "unreadable"
 
 
 class _Header(msgspec.Struct):

@@ -19,8 +19,8 @@ from serving.metrics import ServingMetrics, totals
 from serving.policy import DecisionRequest, Policy
 from serving.policy_holder import PolicyHolder
 from serving.refresher import Refresher, described_elements
-from serving.snapshot_store import Fetched, LastGood, SnapshotStore
-from streams.contracts.registry import blob_key, current_key, manifest_key
+from serving.snapshot_store import Fetched, LastGood, Sight, SnapshotStore
+from streams.contracts.registry import blob_key, current_key, freeze_key, manifest_key, pin_key
 from streams.contracts.snapshot import GateVerdict, SnapshotError
 from tests.snapshots import real_blob
 
@@ -155,6 +155,31 @@ def test_manifest_of_another_key_is_refused(redis_db: redis.Redis, make_snapshot
     with pytest.raises(SnapshotError) as caught:
         SnapshotStore(redis_db, "default", b"x" * 32).fetch_current(None)
     assert caught.value.reason == "hmac"
+
+
+def test_one_look_shows_pointer_pin_and_freeze(
+    store: SnapshotStore, redis_db: redis.Redis, make_snapshot: Make, publish: Make
+) -> None:
+    assert store.look() == Sight(None, None, False)
+    publish(redis_db, *make_snapshot(3), revision=7)
+    redis_db.set(pin_key("default"), "1:3")
+    redis_db.set(freeze_key("default"), "1")
+    assert store.look() == Sight(store.pointer(), "1.3", True)
+    redis_db.set(pin_key("default"), b"\xff")
+    assert store.look().pin == "unreadable"
+
+
+def test_pin_and_freeze_that_may_not_be_read_are_unknown(
+    redis_server: RedisServer, redis_db: redis.Redis, make_snapshot: Make, publish: Make
+) -> None:
+    publish(redis_db, *make_snapshot(3), revision=7)
+    redis_db.acl_setuser("old", enabled=True, reset=True, passwords=["+secret"], keys=["current:*"], commands=["+@all"])
+    place = redis_server.url.rpartition("@")[2].removeprefix("redis://")
+    with redis.Redis.from_url(f"redis://old:secret@{place}", socket_timeout=2.0) as client:
+        sight = SnapshotStore(client, "default", KEY).look()
+    redis_db.acl_deluser("old")
+    assert sight.pointer is not None
+    assert (sight.pin, sight.frozen) == (None, None)
 
 
 # -- the disk --------------------------------------------------------------------------------------
