@@ -116,7 +116,8 @@ redis.call('LPUSH', KEYS[6], name)
 local revision = 0
 if not hold then
   revision = math.max(tonumber(now[3] or '0'), tonumber(ARGV[5])) + 1
-  redis.call('HSET', KEYS[1], 'epoch', ARGV[1], 'version', ARGV[2], 'sha256', ARGV[3], 'revision', revision)
+  redis.call('HSET', KEYS[1], 'epoch', ARGV[1], 'version', ARGV[2], 'sha256', ARGV[3], 'revision', revision,
+             'rollback_of', '', 'signature', '')
   redis.call('PUBLISH', ARGV[6], revision)
   current = name
 end

@@ -59,8 +59,12 @@ class Authenticator:
         """Whether no token is needed."""
         return not self._tokens
 
-    def check(self, authorization: str | None, scope: Scope) -> None:
-        """Let a call pass, or not.
+    def grants(self, scope: Scope) -> bool:
+        """Return whether there is a token with this scope."""
+        return any(known == scope for known, _ in self._tokens)
+
+    def check(self, authorization: str | None, scope: Scope) -> str | None:
+        """Let a call pass, or not; return the beginning of the hash of its token, None where none is needed.
 
         Args:
             authorization: The header's value.
@@ -70,7 +74,7 @@ class Authenticator:
             AuthError: 401 without a known token, 403 if its scopes do not reach.
         """
         if scope == "public" or not self._tokens:
-            return
+            return None
         kind, _, token = (authorization or "").partition(" ")
         if kind.lower() != "bearer" or not token.strip():
             raise AuthError(401, "no bearer token; send the header Authorization: Bearer TOKEN")
@@ -81,6 +85,7 @@ class Authenticator:
             raise AuthError(401, "unknown bearer token")
         if scope not in granted:
             raise AuthError(403, f"this token has no scope {scope}")
+        return digest.hex()[:8]
 
 
 def require_tokens_beyond_loopback(host: str, authenticator: Authenticator) -> None:
@@ -93,6 +98,19 @@ def require_tokens_beyond_loopback(host: str, authenticator: Authenticator) -> N
         raise ConfigurationError(
             f"GENCO_HTTP_HOST is {host}, which others can reach, and GENCO_API_TOKENS is not set; "
             "set tokens, or bind to 127.0.0.1"
+        )
+
+
+def require_admin_token(authenticator: Authenticator) -> None:
+    """Refuse to let whoever reaches the port, a web page in a browser included, act on the registry.
+
+    Raises:
+        ConfigurationError: If there is no token with the scope admin.
+    """
+    if not authenticator.grants("admin"):
+        raise ConfigurationError(
+            "GENCO_OPERATOR_REDIS_URL is set, by which callers can pin, freeze and roll back, and GENCO_API_TOKENS has "
+            "no token with the scope admin; set one, or leave the URL away"
         )
 
 

@@ -21,8 +21,9 @@ import uvicorn
 from prometheus_client import REGISTRY, CollectorRegistry
 from starlette.types import ASGIApp
 
+from serving.admin import RegistryAdmin
 from serving.api import ServerState, create_app
-from serving.auth import Authenticator, require_tokens_beyond_loopback
+from serving.auth import Authenticator, require_admin_token, require_tokens_beyond_loopback
 from serving.catalog_view import CatalogView
 from serving.connections import GuardedProtocol
 from serving.decisions import Decider
@@ -33,11 +34,13 @@ from serving.refresher import Refresher
 from serving.snapshot_store import LastGood, SnapshotStore
 from streams.clients import kafka_consumer, kafka_producer, redis_client
 from streams.contracts.settings import EX_CONFIG, ConfigurationError, ServeSettings, load
+from streams.control_log import ControlLog
 from streams.telemetry import MetricsServer, configure_logging, now_ms
 
 logger = logging.getLogger(__name__)
 
 REDIS_TIMEOUT_S: Final = 0.5
+ADMIN_TIMEOUT_S: Final = 5.0
 SHUTDOWN_S: Final = 10.0
 _REQUESTS_S: Final = 3
 """Of the shutdown's time, what requests under way get; the flush of the event log gets the most of the rest."""
@@ -76,6 +79,8 @@ def build(settings: ServeSettings, registry: CollectorRegistry = REGISTRY) -> Pa
     tokens = settings.api_tokens
     authenticator = Authenticator(None if tokens is None else tokens.get_secret_value())
     require_tokens_beyond_loopback(settings.http_host, authenticator)
+    if settings.operator_redis_url is not None:
+        require_admin_token(authenticator)
     key = settings.signing_key_bytes()
     metrics = ServingMetrics(registry)
     holder = PolicyHolder()
@@ -121,8 +126,17 @@ def build(settings: ServeSettings, registry: CollectorRegistry = REGISTRY) -> Pa
             signing_key=key,
             attribution_window_ms=settings.attribution_window_ms,
             now_ms=now_ms,
+            admin=_admin(settings, key),
         )
     )
+
+
+def _admin(settings: ServeSettings, key: bytes) -> RegistryAdmin | None:
+    if settings.operator_redis_url is None:
+        return None
+    as_operator = settings.model_copy(update={"redis_url": settings.operator_redis_url})
+    client = redis_client(as_operator, timeout_s=ADMIN_TIMEOUT_S, retries=0)
+    return RegistryAdmin(client, settings.model_id, ControlLog(settings).append, key, now_ms)
 
 
 def _producer(settings: ServeSettings) -> Producer:

@@ -22,7 +22,7 @@ from serving.policy_holder import Chooser, Loaded, PolicyHolder
 from serving.snapshot_store import Fetched, LastGood, Pointer, Sight, SnapshotStore
 from streams.contracts.events import Source
 from streams.contracts.features import FeatureSpec
-from streams.contracts.registry import published_channel
+from streams.contracts.registry import Version, published_channel
 from streams.contracts.snapshot import SnapshotError, SnapshotManifest, unpack_tensors
 
 logger = logging.getLogger(__name__)
@@ -108,6 +108,7 @@ class Refresher:
         self._refused: tuple[Pointer | None, str] | None = None
         self._refusals = 0
         self._retry_at = 0.0
+        self._newest = Version(-1, -1)
         self._older: tuple[int | None, int] | None = None
         self._outage: str | None = None
         self.fault: str | None = "Redis was not asked yet"
@@ -163,6 +164,7 @@ class Refresher:
         if self._refused is not None and self._refused[0] == pointer and time.monotonic() < self._retry_at:
             return False
         try:
+            self._require_order(pointer)
             fetched = self._store.fetch(pointer)
             self._swap(fetched, "policy")
         except redis.RedisError as error:
@@ -178,6 +180,20 @@ class Refresher:
             logger.warning("cannot keep the last good snapshot", extra={"cause": str(error)})
         return True
 
+    def _require_order(self, pointer: Pointer) -> None:
+        """Refuse a way back that no operator has signed: a genuine old snapshot under a new revision.
+
+        What an operator went back from counts as seen, so that nobody can lead us forth to it again.
+        """
+        if self._store.is_move(pointer):
+            self._newest = max(self._newest, Version.parse(pointer.rollback_of))
+        elif pointer.name <= self._newest:
+            raise SnapshotError(
+                "rollback",
+                f"the pointer goes to {pointer.name} after {self._newest}, and no operator has signed that; "
+                "move it with genco policy pin or rollback, and the learner's GENCO_SIGNING_KEY",
+            )
+
     def _swap(self, fetched: Fetched, rung: Source) -> None:
         manifest = fetched.manifest
         policy = self._build(fetched.blob, manifest)
@@ -185,6 +201,7 @@ class Refresher:
         before = self._holder.current.manifest
         swapped_at_ms = self._now_ms()
         self._holder.swap(loaded, swapped_at_ms)
+        self._newest = max(self._newest, Version(manifest.epoch, manifest.version))
         self._refused = None
         self._metrics.model_revision.set(fetched.revision)
         self._metrics.model_max_event.set(manifest.max_event_time_ms / 1000)

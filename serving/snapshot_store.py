@@ -17,6 +17,7 @@ import redis
 from pydantic import ValidationError
 from redis.exceptions import NoPermissionError
 
+from streams.contracts.moves import Move, is_signed
 from streams.contracts.registry import Version, blob_key, current_key, freeze_key, manifest_key, pin_key
 from streams.contracts.snapshot import MAX_BLOB_BYTES, SnapshotError, SnapshotManifest, verify
 
@@ -32,6 +33,10 @@ class Pointer:
     version: int
     revision: int
     sha256: str
+    rollback_of: str = ""
+    """epoch:version from which an operator moved; empty: the learner did."""
+    signature: str = ""
+    """Of the operator's move."""
 
     @property
     def name(self) -> Version:
@@ -107,11 +112,21 @@ class SnapshotStore:
             return None
         try:
             pointer = Pointer(
-                int(raw[b"epoch"]), int(raw[b"version"]), int(raw[b"revision"]), raw[b"sha256"].decode("ascii")
+                epoch=int(raw[b"epoch"]),
+                version=int(raw[b"version"]),
+                revision=int(raw[b"revision"]),
+                sha256=raw[b"sha256"].decode("ascii"),
+                rollback_of=raw.get(b"rollback_of", b"").decode("ascii"),
+                signature=raw.get(b"signature", b"").decode("ascii"),
             )
         except (KeyError, ValueError) as error:
             raise SnapshotError("pointer", f"hash {current_key(self._model_id)} is malformed: {error!r}") from None
         return pointer
+
+    def is_move(self, pointer: Pointer) -> bool:
+        """Return whether an operator who has the key moved the pointer there."""
+        move = Move(self._model_id, pointer.name, pointer.sha256, pointer.revision, pointer.rollback_of)
+        return bool(pointer.rollback_of) and is_signed(move, pointer.signature, self._key)
 
     def fetch_current(self, after: int | None) -> Fetched | None:
         """Return the current snapshot if its revision is larger than `after`.

@@ -30,6 +30,7 @@ ALLOWED = {
         "streams.clients",
         "streams.registry",
         "streams.registry_actions",
+        "streams.registry_listing",
         "streams.control_log",
     ),
     # `genco bench` starts the benchmarks, which may themselves need the local services of genco.

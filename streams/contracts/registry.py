@@ -2,7 +2,8 @@
 
     blob:{model}:{epoch}:{version}      safetensors bytes, immutable
     manifest:{model}:{epoch}:{version}  signed JSON manifest of that blob, immutable
-    current:{model}                     hash: epoch, version, revision, sha256; moved by scripts only
+    current:{model}                     hash: epoch, version, revision, sha256; moved by scripts only; when an operator
+                                        moved it also rollback_of and signature, see `streams.contracts.moves`
     pin:{model}                         epoch:version; present: the pointer does not leave it by itself
     freeze:{model}                      present: the pointer does not move by itself
     lease:{model}, epoch:{model}        who may publish, and the fencing epoch; without an epoch the registry is empty

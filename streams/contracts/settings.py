@@ -31,6 +31,17 @@ class _Settings(BaseSettings):
     )
 
 
+def _redis_url(value: SecretStr) -> SecretStr:
+    try:
+        parts = urlsplit(value.get_secret_value())
+        is_good = parts.scheme in ("redis", "rediss") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number
+        is_good = False
+    if not is_good:
+        raise ValueError("expected redis://[user:password@]host:port/db, or rediss:// for TLS")
+    return value
+
+
 class KafkaSettings(_Settings):
     """How every Kafka client connects."""
 
@@ -87,14 +98,7 @@ class RedisSettings(_Settings):
     @field_validator("redis_url")
     @classmethod
     def _redis_url(cls, value: SecretStr) -> SecretStr:
-        try:
-            parts = urlsplit(value.get_secret_value())
-            is_good = parts.scheme in ("redis", "rediss") and parts.hostname and parts.port != 0
-        except ValueError:  # a port that is no number
-            is_good = False
-        if not is_good:
-            raise ValueError("expected redis://[user:password@]host:port/db, or rediss:// for TLS")
-        return value
+        return _redis_url(value)
 
 
 class SigningSettings(_Settings):
@@ -208,6 +212,8 @@ class ServeSettings(KafkaSettings, RedisSettings, SigningSettings, WindowSetting
     """Port of the API; 0: any free one, printed at start."""
     api_tokens: SecretStr | None = None
     """Bearer tokens as scope:sha256hex, separated by commas; scopes decide, feedback, admin. Needed beyond loopback."""
+    operator_redis_url: SecretStr | None = None
+    """Redis as its user `operator`: with it, callers with the scope admin can pin, freeze and roll back over HTTP."""
     last_good_dir: Path = Path("data/last_good")
     """Where the last verified snapshot is kept for a start without Redis."""
     refresh_interval_ms: Annotated[int, Field(ge=50, le=600_000)] = 500
@@ -222,6 +228,11 @@ class ServeSettings(KafkaSettings, RedisSettings, SigningSettings, WindowSetting
     """At most so many events in one record."""
     uniform_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     """Fixed seed of the decisions, for tests; default: from the operating system."""
+
+    @field_validator("operator_redis_url")
+    @classmethod
+    def _operator_redis_url(cls, value: SecretStr | None) -> SecretStr | None:
+        return value if value is None else _redis_url(value)
 
     @model_validator(mode="after")
     def _routes(self) -> Self:

@@ -119,7 +119,7 @@ def serve(client: redis.Redis) -> None:
 def operate(client: redis.Redis) -> None:
     """All that `genco policy` sends."""
     registry = Registry(client, MODEL)
-    operator = Operator(registry, client, lambda record: None)
+    operator = Operator(registry, client, lambda record: None, signing_key=KEY)
     order = Order(who="ann", when_ms=NOW_MS)
     versions = registry.history()
     assert [version.number for version in versions] == [3, 2, 1]

@@ -27,7 +27,7 @@ from streams.contracts.registry import (
     pin_key,
     published_channel,
 )
-from streams.contracts.snapshot import GateVerdict, PolicySnapshot, SnapshotManifest
+from streams.contracts.snapshot import GateVerdict, PolicySnapshot, SnapshotManifest, sign
 
 LEASE_MS = 60_000
 
@@ -57,6 +57,9 @@ def publisher(client: redis.Redis, model: str) -> Publisher:
     return made
 
 
+KEY = b"k" * 32
+
+
 def snapshot(model: str, epoch: int, version: int, text: str = "weights") -> PolicySnapshot:
     blob = f"{text} {epoch}:{version}".encode()
     manifest = SnapshotManifest(
@@ -69,12 +72,13 @@ def snapshot(model: str, epoch: int, version: int, text: str = "weights") -> Pol
         gate=GateVerdict(accepted=True),
         created_at_ms=0,
     )
-    return PolicySnapshot(manifest, blob)
+    return PolicySnapshot(sign(manifest, KEY), blob)
 
 
 def current(client: redis.Redis, model: str) -> dict[str, Any]:
     raw: Any = client.hgetall(current_key(model))
-    return {name.decode(): int(v) if name != b"sha256" else v.decode() for name, v in raw.items()}
+    numbers = {b"epoch", b"version", b"revision"}
+    return {name.decode(): int(v) if name in numbers else v.decode() for name, v in raw.items() if v}
 
 
 def stored(client: redis.Redis, model: str) -> set[str]:

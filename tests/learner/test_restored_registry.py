@@ -14,7 +14,7 @@ from streams.contracts.control import Action, ControlRecord, newest
 from streams.contracts.registry import Version
 from streams.registry import Registry
 from streams.registry_actions import Operator, Order
-from tests.learner.test_publisher import LEASE_MS, current, snapshot
+from tests.learner.test_publisher import KEY, LEASE_MS, current, snapshot
 
 NOW_MS = 1_764_000_000_000
 
@@ -63,7 +63,7 @@ def controlled(client: redis.Redis, model: str, topic: Topic, fence: Fence | Non
 def act(
     client: redis.Redis, model: str, topic: Topic, action: Action, *version: Version, when_ms: int = NOW_MS
 ) -> None:
-    operator = Operator(Registry(client, model), client, topic.append)
+    operator = Operator(Registry(client, model), client, topic.append, signing_key=KEY)
     getattr(operator, action.value)(*version, Order(who="ann", when_ms=when_ms))
 
 

@@ -263,11 +263,81 @@ def test_rollback_serves_the_older_version_and_says_nothing_about_freshness(
     refresher, holder = make_refresher(redis_db)
     publish(redis_db, *make_snapshot(2), revision=1)
     refresher.refresh()
-    publish(redis_db, *make_snapshot(1), revision=2)
+    publish(redis_db, *make_snapshot(1), revision=2, rollback_of="1:2")
     assert refresher.refresh()
     assert holder.current.policy.blob == b"weights of 1"
     samples = {s.name: s.value for s in next(iter(metrics.freshness.collect())).samples if not s.labels}
     assert samples["genco_freshness_seconds_count"] == 2
+
+
+WAYS_BACK: dict[str, dict[str, Any]] = {
+    "unsigned": {"rollback_of": ""},
+    "another key": {"rollback_of": "1:5", "key": b"x" * 32},
+}
+
+
+@pytest.mark.parametrize("way", WAYS_BACK)
+def test_way_back_that_no_operator_signed_is_refused(
+    redis_db: redis.Redis, make_refresher: Make, make_snapshot: Make, publish: Make, metrics: ServingMetrics, way: str
+) -> None:
+    """F36: a genuine old snapshot under a new revision."""
+    refresher, holder = make_refresher(redis_db)
+    publish(redis_db, *make_snapshot(5), revision=1)
+    refresher.refresh()
+    publish(redis_db, *make_snapshot(4), revision=2, **WAYS_BACK[way])
+    assert not refresher.refresh()
+    assert holder.current.policy.blob == b"weights of 5"
+    assert totals(metrics.model_rejected) == {("rollback",): 1}
+    assert "no operator has signed" in (refresher.fault or "")
+    publish(redis_db, *make_snapshot(6), revision=3)
+    assert refresher.refresh()
+
+
+@pytest.mark.parametrize("field", ["revision", "epoch", "version", "sha256", "rollback_of", "signature"])
+def test_signed_move_with_another_field_is_refused(
+    redis_db: redis.Redis, make_refresher: Make, make_snapshot: Make, publish: Make, field: str
+) -> None:
+    refresher, holder = make_refresher(redis_db)
+    publish(redis_db, *make_snapshot(5), revision=1)
+    refresher.refresh()
+    publish(redis_db, *make_snapshot(3), revision=2)
+    publish(redis_db, *make_snapshot(4), revision=2, rollback_of="1:5")
+    other = {"revision": 3, "epoch": 0, "version": 3, "sha256": "0" * 64, "rollback_of": "1:6", "signature": "\u00e9"}
+    redis_db.hset(current_key("default"), field, other[field])
+    assert not refresher.refresh()
+    assert holder.current.policy.blob == b"weights of 5"
+
+
+def test_replayed_moves_and_pointers_are_refused(
+    redis_db: redis.Redis, make_refresher: Make, make_snapshot: Make, publish: Make
+) -> None:
+    """F36: whatever the pointer once was, writing it down again leads nobody back."""
+    refresher, holder = make_refresher(redis_db)
+    seen = []
+    for revision, version, origin in ((1, 4, ""), (2, 5, ""), (3, 4, "1:5"), (4, 6, "")):
+        publish(redis_db, *make_snapshot(version), revision=revision, rollback_of=origin)
+        assert refresher.refresh()
+        seen.append(redis_db.hgetall(current_key("default")))
+    for old in seen[:3]:
+        redis_db.hset(current_key("default"), mapping=old)
+        assert not refresher.refresh()
+    redis_db.hset(current_key("default"), mapping=seen[2] | {b"revision": 9})
+    assert not refresher.refresh()
+    assert holder.current.policy.blob == b"weights of 6"
+
+
+def test_what_an_operator_went_back_from_does_not_return_unsigned(
+    redis_db: redis.Redis, make_refresher: Make, make_snapshot: Make, publish: Make
+) -> None:
+    refresher, holder = make_refresher(redis_db)
+    publish(redis_db, *make_snapshot(5), revision=1)  # never seen by this server
+    publish(redis_db, *make_snapshot(3), revision=2, rollback_of="1:5")
+    assert refresher.refresh()
+    publish(redis_db, *make_snapshot(5), revision=3)
+    assert not refresher.refresh()
+    assert holder.current.policy.blob == b"weights of 3"
+    publish(redis_db, *make_snapshot(5), revision=4, rollback_of="1:3")
+    assert refresher.refresh()
 
 
 def test_flushed_or_older_redis_never_moves_the_server_back(
