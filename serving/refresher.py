@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 import redis
 
+from serving.golden import check
 from serving.metrics import ServingMetrics
 from serving.policy import Policy
 from serving.policy_holder import Chooser, Loaded, PolicyHolder
@@ -197,6 +198,7 @@ class Refresher:
     def _swap(self, fetched: Fetched, rung: Source) -> None:
         manifest = fetched.manifest
         policy = self._build(fetched.blob, manifest)
+        check(policy, manifest)
         loaded = Loaded(policy, rung, manifest, fetched.revision, self._describe(fetched.blob))
         before = self._holder.current.manifest
         swapped_at_ms = self._now_ms()

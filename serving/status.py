@@ -51,7 +51,7 @@ class PolicyStatus(Struct, frozen=True, kw_only=True):
     source: Source
     revision: int
     manifest: dict[str, Any] | None
-    """Without its signature; null on the uniform rung."""
+    """Without its signature and its golden batch; null on the uniform rung."""
     gate: dict[str, Any] | None
     swaps: list[Swap]
     """Oldest first."""
@@ -88,7 +88,7 @@ def policy_status(
 ) -> PolicyStatus:
     """Return what serves now, and how it came to that."""
     loaded = holder.current
-    manifest = None if loaded.manifest is None else loaded.manifest.model_dump(mode="json", exclude={"hmac"})
+    manifest = None if loaded.manifest is None else loaded.manifest.model_dump(mode="json", exclude={"hmac", "golden"})
     return PolicyStatus(
         source=loaded.rung,
         revision=loaded.revision,

@@ -22,6 +22,7 @@ ALLOWED = {
         "streams.registry",
         "streams.control_log",
         "serving.policy",
+        "serving.golden",
     ),
     "serving": (
         "serving.*",
