@@ -110,6 +110,7 @@ class Refresher:
         self._refusals = 0
         self._retry_at = 0.0
         self._newest = Version(-1, -1)
+        self._base: Fetched | None = None
         self._older: tuple[int | None, int] | None = None
         self._outage: str | None = None
         self.fault: str | None = "Redis was not asked yet"
@@ -166,7 +167,7 @@ class Refresher:
             return False
         try:
             self._require_order(pointer)
-            fetched = self._store.fetch(pointer)
+            fetched = self._store.fetch(pointer, self._base)
             self._swap(fetched, "policy")
         except redis.RedisError as error:
             self._note_outage(error)
@@ -174,6 +175,7 @@ class Refresher:
         except Exception as error:  # noqa: BLE001 - a snapshot that breaks what reads it must not end this thread
             self._reject(error, pointer)
             return False
+        self._metrics.model_fetched.labels("delta" if fetched.is_delta else "full").inc()
         self._clear_fault()
         try:
             self._last_good.save(fetched)
@@ -204,6 +206,7 @@ class Refresher:
         swapped_at_ms = self._now_ms()
         self._holder.swap(loaded, swapped_at_ms)
         self._newest = max(self._newest, Version(manifest.epoch, manifest.version))
+        self._base = fetched
         self._refused = None
         self._metrics.model_revision.set(fetched.revision)
         self._metrics.model_max_event.set(manifest.max_event_time_ms / 1000)

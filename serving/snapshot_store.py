@@ -6,9 +6,11 @@ Redis never moves a server back. What either place gives is verified (length, sh
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -17,9 +19,12 @@ import redis
 from pydantic import ValidationError
 from redis.exceptions import NoPermissionError
 
+from streams.contracts.delta import apply_delta
 from streams.contracts.moves import Move, is_signed
-from streams.contracts.registry import Version, blob_key, current_key, freeze_key, manifest_key, pin_key
+from streams.contracts.registry import Version, blob_key, current_key, delta_key, freeze_key, manifest_key, pin_key
 from streams.contracts.snapshot import MAX_BLOB_BYTES, SnapshotError, SnapshotManifest, verify
+
+logger = logging.getLogger(__name__)
 
 MAX_MANIFEST_BYTES: Final = 1024 * 1024
 _MAGIC: Final = b"genco last good 1\n"
@@ -63,6 +68,8 @@ class Fetched:
     revision: int
     manifest: SnapshotManifest
     blob: bytes
+    is_delta: bool = field(default=False, compare=False)
+    """Whether it came as a delta."""
 
 
 class SnapshotStore:
@@ -140,8 +147,8 @@ class SnapshotStore:
             return None
         return self.fetch(pointer)
 
-    def fetch(self, pointer: Pointer) -> Fetched:
-        """Return the snapshot that a pointer names.
+    def fetch(self, pointer: Pointer, base: Fetched | None = None) -> Fetched:
+        """Return the snapshot that a pointer names, as a delta to `base` where there is one, else in full.
 
         Raises:
             SnapshotError: If it is missing, malformed, not of this model, or fails verification.
@@ -151,12 +158,28 @@ class SnapshotStore:
         manifest = _parse_manifest(self._get(manifest_key(*where), MAX_MANIFEST_BYTES))
         if manifest.num_bytes > MAX_BLOB_BYTES:
             raise SnapshotError("size", f"manifest speaks of {manifest.num_bytes} bytes; at most {MAX_BLOB_BYTES}")
-        blob = self._get(blob_key(*where), manifest.num_bytes)
+        built = None if base is None else self._built(manifest, base)
+        blob = self._get(blob_key(*where), manifest.num_bytes) if built is None else built
         _check(manifest, blob, self._key, self._model_id)
         named = manifest.epoch, manifest.version, manifest.sha256
         if named != (pointer.epoch, pointer.version, pointer.sha256):
             raise SnapshotError("pointer", f"pointer names {pointer}; the manifest there is {named}")
-        return Fetched(pointer.revision, manifest, blob)
+        return Fetched(pointer.revision, manifest, blob, built is not None)
+
+    def _built(self, manifest: SnapshotManifest, base: Fetched) -> bytes | None:
+        """Return the blob made of another one and a delta; None after a gap, or if it is not what the manifest says.
+
+        Nothing that stands there for a delta is an error: the full snapshot is there too, and is verified.
+        """
+        if manifest.parent_sha256 != base.manifest.sha256:
+            return None
+        try:
+            delta = self._get(delta_key(self._model_id, manifest.epoch, manifest.version), manifest.num_bytes)
+            blob = apply_delta(base.blob, delta, max_bytes=manifest.num_bytes)
+        except (SnapshotError, NoPermissionError) as error:
+            logger.debug("no delta", extra={"cause": str(error)})
+            return None
+        return blob if hashlib.sha256(blob).hexdigest() == manifest.sha256 else None
 
     def _get(self, key: str, most: int) -> bytes:
         # The length first: a wrong value there must not fill our memory.
