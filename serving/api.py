@@ -41,7 +41,6 @@ from serving.credits_answer import PARAMETERS, answer
 from serving.decisions import Decider
 from serving.event_log import EventLog
 from serving.explanation import CardCredits
-from serving.feedback import check_clicks, read_token
 from serving.limits import BodyLimit
 from serving.messages import (
     Accepted,
@@ -55,17 +54,15 @@ from serving.messages import (
     ImpressionTokens,
     InvalidBodyError,
     Refusal,
-    read_clicks,
     read_decide,
-    read_tokens,
 )
 from serving.metrics import ServingMetrics
 from serving.openapi import add_components, operation
 from serving.policy_holder import MAX_SWAPS, PolicyHolder
 from serving.refresher import Refresher
+from serving.reports import LogFullError, Reports
 from serving.status import PolicyStatus, Readiness, policy_status, readiness
 from streams.contracts.control import Action
-from streams.contracts.topics import CLICKS, IMPRESSIONS
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +91,11 @@ class ServerState:
     """None: this server cannot act on the registry."""
     allow_cold_start: bool = True
     """Ready without any policy: the uniform rung collects the first data."""
+
+    @property
+    def reports(self) -> Reports:
+        """What takes clicks and rendered cards."""
+        return Reports(self.event_log, self.metrics, self.signing_key, self.attribution_window_ms)
 
 
 Handler = Callable[[ServerState, Request, bytes], Response]
@@ -143,37 +145,11 @@ def _decide(state: ServerState, request: Request, body: bytes) -> Response:
 
 
 def _clicks(state: ServerState, request: Request, body: bytes) -> Response:
-    good, rejected = check_clicks(read_clicks(body), state.signing_key, state.now_ms(), state.attribution_window_ms)
-    for fault in rejected:
-        state.metrics.events_rejected.labels(CLICKS, fault.field).inc()
-    left_out = [index for index, click in good if not state.event_log.offer_click(click)]
-    return _accepted(len(good), left_out, rejected)
+    return _json(state.reports.clicks(body, state.now_ms()), 202)
 
 
 def _impressions(state: ServerState, request: Request, body: bytes) -> Response:
-    now_ms = state.now_ms()
-    rejected: list[Fault] = []
-    num_good = 0
-    for index, token in enumerate(read_tokens(body)):
-        try:
-            impression = read_token(token, state.signing_key, now_ms)
-        except ValueError as error:
-            rejected.append(Fault(index=index, field=f"tokens[{index}]", reason=str(error)))
-            state.metrics.events_rejected.labels(IMPRESSIONS, "token").inc()
-        else:
-            # Sampling under load is no refusal: the survivors stand for those that were dropped.
-            state.event_log.offer_impression(impression)
-            num_good += 1
-    return _accepted(num_good, [], rejected)
-
-
-def _accepted(num_good: int, left_out: Sequence[int], rejected: Sequence[Fault]) -> Response:
-    reason = "the event log is full; send it again later"
-    full = [Fault(index=index, field="event_log", reason=reason) for index in left_out]
-    if full and len(full) == num_good:
-        return _refusal(503, "the event log is full", [*rejected, *full], {"Retry-After": "1"})
-    faults = sorted([*rejected, *full], key=lambda fault: fault.index or 0)
-    return _json(Accepted(accepted=num_good - len(full), rejected=faults), 202)
+    return _json(state.reports.impressions(body, state.now_ms()), 202)
 
 
 def _policy(state: ServerState, request: Request, body: bytes) -> Response:
@@ -409,6 +385,8 @@ def _endpoint(state: ServerState, route: Route) -> Callable[[Request], Any]:
                     response = await asyncio.to_thread(handle, state, request, body)
         except InvalidBodyError as error:
             response = _refusal(error.status, "invalid request", error.faults)
+        except LogFullError as error:
+            response = _refusal(503, str(error), error.faults, {"Retry-After": "1"})
         except AdminError as error:
             response = _refusal(error.status, str(error), [])
         except AuthError as error:
