@@ -45,7 +45,7 @@ def build(settings: ServeSettings, registry: CollectorRegistry = REGISTRY) -> tu
         ConfigurationError: If the tokens are malformed, or missing where others can reach the port.
     """
     tokens = settings.api_tokens
-    authenticator = Authenticator(None if tokens is None else tokens.get_secret_value())
+    authenticator = Authenticator(None if tokens is None else tokens.get_secret_value(), settings.file_of("api_tokens"))
     require_tokens_beyond_loopback(settings.http_host, authenticator)
     if settings.operator_redis_url is not None:
         require_admin_token(authenticator)
@@ -68,8 +68,7 @@ def build(settings: ServeSettings, registry: CollectorRegistry = REGISTRY) -> tu
 def _admin(settings: ServeSettings, key: bytes) -> RegistryAdmin | None:
     if settings.operator_redis_url is None:
         return None
-    as_operator = settings.model_copy(update={"redis_url": settings.operator_redis_url})
-    client = redis_client(as_operator, timeout_s=ADMIN_TIMEOUT_S, retries=0)
+    client = redis_client(settings, timeout_s=ADMIN_TIMEOUT_S, retries=0, name="operator_redis_url")
     return RegistryAdmin(client, settings.model_id, ControlLog(settings).append, key, now_ms)
 
 

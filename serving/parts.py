@@ -6,8 +6,9 @@ Everything starts and decides without Redis and without Kafka, and connects in t
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 from prometheus_client import CollectorRegistry
@@ -26,6 +27,7 @@ from streams.telemetry import now_ms
 REDIS_TIMEOUT_S: Final = 0.5
 _THREADS_S: Final = 1.0
 _CONNECT_MS: Final = 5_000
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,8 +64,10 @@ def build(settings: ServeSettings, registry: CollectorRegistry) -> Parts:
     metrics = ServingMetrics(registry)
     holder = PolicyHolder()
     first, last = (int(part) for part in settings.routes.split("-"))
+    writing, reading = _Credentials(settings), _Credentials(settings)
     event_log = EventLog(
-        connect=lambda: _producer(settings),
+        connect=writing.connecting(lambda: _producer(settings)),
+        is_stale=writing.is_stale,
         routes=range(first, last + 1),
         queue_size=settings.event_queue_size,
         linger_ms=settings.event_linger_ms,
@@ -71,7 +75,7 @@ def build(settings: ServeSettings, registry: CollectorRegistry) -> Parts:
         metrics=metrics,
         rng=np.random.default_rng(),
     )
-    catalog = CatalogView(lambda: kafka_consumer(settings), metrics)
+    catalog = CatalogView(reading.connecting(lambda: kafka_consumer(settings)), metrics, reading.is_stale)
     return Parts(
         decider=Decider(
             holder=holder,
@@ -99,6 +103,27 @@ def build(settings: ServeSettings, registry: CollectorRegistry) -> Parts:
         signing_key=key,
         attribution_window_ms=settings.attribution_window_ms,
     )
+
+
+class _Credentials:
+    """Tells when the password of Kafka is another one than when the last client was made."""
+
+    def __init__(self, settings: ServeSettings) -> None:
+        self._file = settings.file_of("kafka_sasl_password")
+
+    def connecting(self, connect: Callable[[], T]) -> Callable[[], T]:
+        """Return `connect` that first takes note of the password's file."""
+
+        def noting() -> T:
+            if self._file is not None:
+                self._file.read()
+            return connect()
+
+        return noting
+
+    def is_stale(self) -> bool:
+        """Return whether the file is another one now."""
+        return self._file is not None and self._file.has_changed()
 
 
 def _producer(settings: ServeSettings) -> Producer:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import Field, PrivateAttr, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from streams.contracts.secret_files import SecretFile
 
 PREFIX: Final = "GENCO_"
 EX_CONFIG: Final = 78
@@ -29,6 +31,27 @@ class _Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, frozen=True, extra="ignore", use_attribute_docstrings=True, env_ignore_empty=True
     )
+    _files: dict[str, Path] = PrivateAttr(default_factory=dict)
+
+    def keep_files(self, files: Mapping[str, Path]) -> None:
+        """Remember in which files secrets stood."""
+        self._files.update(files)
+
+    def file_of(self, name: str) -> SecretFile | None:
+        """Return the file in which a secret stands; None: it stood in the environment, and does not change."""
+        path = self._files.get(name)
+        return None if path is None else SecretFile(path)
+
+    def secret(self, name: str) -> str | None:
+        """Return a secret as it is now: its file is read anew.
+
+        Raises:
+            OSError: If the file cannot be read any more.
+        """
+        file, value = self.file_of(name), getattr(self, name)
+        if file is not None:
+            return file.read()
+        return None if value is None else str(value.get_secret_value())
 
 
 def _redis_url(value: SecretStr) -> SecretStr:
@@ -283,13 +306,15 @@ def load(settings: type[SettingsT], **overrides: Any) -> SettingsT:
     values: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
     if unknown := values.keys() - settings.model_fields.keys():
         raise TypeError(f"{settings.__name__} has no fields {sorted(unknown)}")
+    files: dict[str, Path] = {}
     for name in settings.model_fields:
         path = os.environ.get(f"{PREFIX}{name.upper()}_FILE")
         if path and _is_secret(settings, name) and name not in values:
+            files[name] = Path(path)
             try:
-                values[name] = Path(path).read_text("utf-8").strip()
-            except (OSError, UnicodeDecodeError) as error:
-                cause = error.strerror if isinstance(error, OSError) else "it is not text"
+                values[name] = SecretFile(files[name]).read()
+            except OSError as error:
+                cause = error.strerror or "it is not text"
                 faults.append(f"{PREFIX}{name.upper()}_FILE: cannot read {path} ({cause}); put the secret there")
     try:
         loaded = settings(**values)
@@ -302,6 +327,7 @@ def load(settings: type[SettingsT], **overrides: Any) -> SettingsT:
             faults.append(f"{PREFIX}{name.upper()}: {message}" if name else message)
     if faults:
         raise ConfigurationError("wrong settings: " + "; ".join(faults))
+    loaded.keep_files(files)
     return loaded
 
 
