@@ -367,6 +367,11 @@ def document() -> str:
         "Environment variables. A secret may also be given as a file: the name with `_FILE` at its end. A wrong,",
         "missing or unknown one ends the process at its start with one line and exit code 78.",
         "",
+        "When such a file changes, it is read again: the URL of Redis by every process with its next connection, the",
+        "password of Kafka by the server, which connects anew at once, and by short-lived commands, the API tokens within",
+        "a second (ones that cannot be read leave those before, and are logged). A signing key, and the password of Kafka",
+        "in joiner, learner and archive, need a restart.",
+        "",
         "| variable | default | read by | meaning |",
         "|---|---|---|---|",
     ]
