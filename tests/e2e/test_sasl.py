@@ -22,7 +22,7 @@ from streams.contracts.settings import JoinSettings, ServeSettings, load
 from tests.server_process import wait_until
 from tests.serving.test_main import REQUEST
 
-pytestmark = [pytest.mark.kafka, pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.kafka, pytest.mark.long, pytest.mark.timeout(150)]
 MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 PASSWORD = "password-of-genco"
 
