@@ -5,7 +5,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 
+import redis
+
 from genco.services import ServiceError, find_kafka_home
+from serving.snapshot_store import SnapshotStore
 from streams.clients import UnreachableError, check_topics, redis_client, require_redis
 from streams.contracts.settings import (
     EX_CONFIG,
@@ -17,6 +20,7 @@ from streams.contracts.settings import (
     ServeSettings,
     load,
 )
+from streams.contracts.snapshot import SnapshotError
 
 
 def run() -> int:
@@ -50,11 +54,25 @@ def _kafka() -> str:
 
 
 def _redis() -> str:
-    client = redis_client(load(RedisSettings), timeout_s=2.0, retries=0)
+    settings = load(RedisSettings)
+    client = redis_client(settings, timeout_s=2.0, retries=0)
     try:
-        return f"{require_redis(client)} answers, nothing is evicted"
+        return f"{require_redis(client)} answers, nothing is evicted; {_registry(client, settings.model_id)}"
     finally:
         client.close()
+
+
+def _registry(client: redis.Redis, model_id: str) -> str:
+    """Say what is served, and what holds it; the user of the server may read that, and no more."""
+    try:
+        sight = SnapshotStore(client, model_id, b"").look()
+    except (redis.RedisError, SnapshotError) as error:
+        raise UnreachableError(f"the registry of model {model_id!r} cannot be read ({error})") from None
+    pointer = sight.pointer
+    where = "nothing published yet" if pointer is None else f"current {pointer.name}, revision {pointer.revision}"
+    pin = f", pinned to {sight.pin}" if sight.pin else ""
+    frozen = {True: ", frozen", False: "", None: ", pin and freeze not readable by this user"}[sight.frozen]
+    return f"model {model_id}: {where}{pin}{frozen}"
 
 
 def _kafka_home() -> str:

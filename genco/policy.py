@@ -79,7 +79,8 @@ def _count(text: str) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from genco.policy_tables import listing, show_listing
+    from genco.policy_tables import show_listing
+    from streams.registry_listing import listing
 
     with _registry(arguments.model_id) as (registry, _):
         found = listing(registry, arguments.limit)
@@ -133,11 +134,13 @@ def _act(arguments: argparse.Namespace) -> int:
     from streams.telemetry import now_ms
 
     control = ControlLog(load(KafkaSettings))
+    moves = arguments.action in ("pin", "rollback")
+    key = load(SigningSettings).signing_key_bytes() if moves else None
     order = Order(who=arguments.who or _user(), when_ms=now_ms(), reason=arguments.reason)
     with _registry(arguments.model_id) as (registry, client):
         version = None if getattr(arguments, "version", None) is None else resolve(registry, arguments.version)
         try:
-            change = _done(Operator(registry, client, control.append), arguments, version, order)
+            change = _done(Operator(registry, client, control.append, signing_key=key), arguments, version, order)
         except NotRecordedError as error:
             _tell(arguments, error.change, is_recorded=False)
             raise

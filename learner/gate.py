@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from learner.value_watch import ValueWatch
 from serving.policy import DecisionRequest, Policy
 from streams.contracts.snapshot import GateVerdict
 
@@ -36,9 +37,16 @@ class GateSettings:
     max_normalized_entropy: float = 1.2
     """Log loss in units of that of the mean click rate; 1 is a model that knows nothing but this rate."""
     min_effective_size: float = 200.0
-    """Effective sample size from which the off-policy estimate is judged."""
+    """Effective sample size from which the off-policy estimate over the last impressions is judged."""
     max_loss: float = 0.3
-    """Refused if the estimate's upper bound is below the logged click rate by this share of it."""
+    """Refused if the estimate's upper bound is below the logged click rate by this share of it, see
+    `learner.value_watch`."""
+    golden: int = 8
+    """Recent impressions that travel with a version as its golden batch."""
+    max_golden_shift: float = 1.5
+    """Largest mean absolute log ratio of the click rates of the published version's golden batch, then and now."""
+    golden_updates: int = 600
+    """Updates after which a published version is too old to be compared so."""
     probes: int = 96
     """Recent impressions that the policy is asked about."""
 
@@ -136,6 +144,8 @@ def judge(
     before: Mapping[str, float] | None,
     validation: Validation,
     probed: Mapping[str, float],
+    golden_shift: float | None = None,
+    watch: ValueWatch | None = None,
     settings: GateSettings | None = None,
 ) -> GateVerdict:
     """Decide whether a version may be served.
@@ -145,6 +155,8 @@ def judge(
         before: `norms` of the last published version, None before the first.
         validation: Progressive validation over the last examples.
         probed: What `probe` measured.
+        golden_shift: See `GateSettings.max_golden_shift`; None: there is nothing to compare with.
+        watch: The off-policy estimate over the last impressions; None: there is none.
         settings: The bounds.
     """
     settings = settings or GateSettings()
@@ -156,8 +168,14 @@ def judge(
     reasons = _judge_norms(now, before, settings)
     if validation.num_examples >= settings.min_examples and validation.num_clicks >= settings.min_clicks:
         reasons += _judge_validation(metrics, settings)
-    reasons += _judge_probe(probed, settings)
+        # A young model moves that much, and may.
+        reasons += _judge_shift(golden_shift, settings)
+    reasons += _judge_probe(probed)
+    if watch is not None and (loss := watch.reason()) is not None:
+        reasons.append(loss)
     numbers = now | metrics | dict(probed) | {"num_validated": validation.num_examples}
+    numbers |= {} if golden_shift is None else {"golden_shift": golden_shift}
+    numbers |= {} if watch is None else watch.numbers()
     return GateVerdict(accepted=not reasons, reasons=tuple(reasons), numbers=numbers)
 
 
@@ -187,16 +205,19 @@ def _judge_validation(metrics: Mapping[str, float], settings: GateSettings) -> l
     return reasons
 
 
-def _judge_probe(probed: Mapping[str, float], settings: GateSettings) -> list[str]:
-    reasons = []
-    if not probed.get("min_propensity", 1.0) >= 0.0 or not probed.get("entropy", 0.0) >= 0.0:
-        reasons.append(
-            f"policy has entropy {probed['entropy']:.3g} and smallest propensity {probed['min_propensity']:.3g}; "
-            "expected numbers of at least 0"
-        )
-    if probed.get("snips_effective_size", 0.0) >= settings.min_effective_size:
-        bound = probed["snips"] + 2.0 * probed["snips_se"]
-        least = (1.0 - settings.max_loss) * probed["logged_ctr"]
-        if bound < least:
-            reasons.append(f"estimated click rate is at most {bound:.3g}; expected at least {least:.3g}")
-    return reasons
+def _judge_shift(shift: float | None, settings: GateSettings) -> list[str]:
+    if shift is None or shift <= settings.max_golden_shift:
+        return []
+    return [
+        f"click rates of the golden batch moved by a factor of {math.exp(shift):.3g}; expected at most "
+        f"{math.exp(settings.max_golden_shift):.3g}"
+    ]
+
+
+def _judge_probe(probed: Mapping[str, float]) -> list[str]:
+    if probed.get("min_propensity", 1.0) >= 0.0 and probed.get("entropy", 0.0) >= 0.0:
+        return []
+    return [
+        f"policy has entropy {probed['entropy']:.3g} and smallest propensity {probed['min_propensity']:.3g}; "
+        "expected numbers of at least 0"
+    ]

@@ -26,7 +26,8 @@ from learner.design import Rows
 from learner.encoder import extended
 from learner.encoding import ExampleEncoder
 from learner.faults import faults
-from learner.gate import GateSettings, Validation, judge, norms, probe
+from learner.gate import GateSettings, Validation
+from learner.gatekeeper import Gatekeeper
 from learner.generator import Cards, Generator, GeneratorSettings, padded
 from learner.generator_rewards import Judge
 from learner.generator_training import GeneratorReport, train_step
@@ -108,14 +109,6 @@ class _Part(Protocol):
     def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None: ...
 
 
-@dataclass(frozen=True)
-class _Published:
-    """What the gate compares with."""
-
-    sha256: str
-    norms: dict[str, float]
-
-
 class OnlineLearner:
     """Reward model, generator, vocabulary and memory of one model."""
 
@@ -142,8 +135,7 @@ class OnlineLearner:
         self._spec: FeatureSpec = self.features.freeze()
         self._effects: Effects | None = None
         self._metrics: dict[str, float] = {}
-        self._candidate: _Published | None = None
-        self._published: _Published | None = None
+        self._gatekeeper = Gatekeeper(settings.gate, settings.seed)
 
     # -- learning -----------------------------------------------------------------------------------------------------
 
@@ -419,23 +411,20 @@ class OnlineLearner:
         Raises:
             SnapshotError: If a tensor is not finite or the snapshot is too large to be read again.
         """
-        if self._candidate is not None and self._candidate.sha256 == parent_sha256:
-            self._published = self._candidate
         tensors = self._tensors()
         extra = {"vocabulary": self._spec.to_json(), "settings": msgspec.json.encode(self._policy_settings())}
         blob = pack_tensors(tensors | {name: np.frombuffer(data, np.uint8) for name, data in extra.items()})
         sha256 = hashlib.sha256(blob).hexdigest()
         policy = Policy(self._spec, tensors, self._policy_settings(), sha256)
-        rng = np.random.default_rng([self.settings.seed, self.num_updates, 1])
-        sample = rng.permutation(len(self._recent))[: self.settings.gate.probes]
-        verdict = judge(
+        verdict, golden = self._gatekeeper.judge(
+            policy,
             tensors,
-            before=self._published.norms if self._published else None,
+            sha256=sha256,
+            parent_sha256=parent_sha256,
+            recent=self._recent,
             validation=sum(self._validation, start=Validation()),
-            probed=probe(policy, [self._recent[i].logged for i in sample]),
-            settings=self.settings.gate,
+            num_updates=self.num_updates,
         )
-        self._candidate = _Published(sha256, norms(tensors))
         manifest = SnapshotManifest(
             model_id=model_id,
             epoch=epoch,
@@ -449,6 +438,7 @@ class OnlineLearner:
             due_ms_quantiles=tuple(due_ms_quantiles),
             metrics=self.metrics(),
             gate=verdict,
+            golden=golden,
             created_at_ms=created_at_ms,
         )
         return PolicySnapshot(sign(manifest, signing_key), blob)
@@ -499,7 +489,7 @@ class OnlineLearner:
         self._recent.restore(state["recent"], self._parser.shelf.make)
         self._encoder.forget()
         self._spec, self._effects = self.features.freeze(), None
-        self._candidate = self._published = None
+        self._gatekeeper = Gatekeeper(self.settings.gate, self.settings.seed)
 
 
 def _seed(*parts: object) -> int:

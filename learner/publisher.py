@@ -22,14 +22,17 @@ import redis
 
 from streams.clients import UnreachableError
 from streams.contracts.control import ControlRecord, RegistryState
+from streams.contracts.delta import make_delta
 from streams.contracts.registry import (
     CANDIDATE_TTL_S,
+    DELTA_TTL_S,
     HISTORY_LENGTH,
     audit_key,
     blob_key,
     blob_prefix,
     candidate_key,
     current_key,
+    delta_key,
     epoch_key,
     freeze_key,
     history_key,
@@ -46,6 +49,9 @@ from streams.registry import Registry
 from streams.telemetry import now_ms
 
 logger = logging.getLogger(__name__)
+
+MIN_SAVED: Final = 0.2
+"""Share of a snapshot that its delta must save, or it is not worth a second way."""
 
 # KEYS[1] lease, KEYS[2] epoch, KEYS[3] pin, KEYS[4] freeze, KEYS[5] revision, KEYS[6] sequence, KEYS[7] audit;
 # ARGV[1] owner, ARGV[2] lease in ms, ARGV[3] smallest epoch allowed - 1, ARGV[4] smallest revision allowed - 1,
@@ -82,10 +88,11 @@ if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 return redis.call('DEL', KEYS[1])
 """
 
-# KEYS[1] current, KEYS[2] blob, KEYS[3] manifest, KEYS[4] pin, KEYS[5] lease, KEYS[6] history, KEYS[7] freeze;
+# KEYS[1] current, KEYS[2] blob, KEYS[3] manifest, KEYS[4] pin, KEYS[5] lease, KEYS[6] history, KEYS[7] freeze,
+# KEYS[8] delta;
 # ARGV[1] epoch, ARGV[2] version, ARGV[3] sha256, ARGV[4] owner, ARGV[5] smallest revision allowed - 1, ARGV[6] channel,
 # ARGV[7] length of the history, ARGV[8] blob, ARGV[9] manifest, ARGV[10] and ARGV[11] what the keys of blobs and
-# manifests begin with. Returns {outcome, revision}.
+# manifests begin with, ARGV[12] delta or '', ARGV[13] its lifetime in s. Returns {outcome, revision}.
 # Newer means newer than everything stored, not than the pointer: a rollback leaves the pointer behind, and what it went
 # back from must not come again when the script is sent twice because the answer was lost.
 # What leaves the history is deleted here and not by the caller, who could delete what was pinned just now.
@@ -116,7 +123,9 @@ redis.call('LPUSH', KEYS[6], name)
 local revision = 0
 if not hold then
   revision = math.max(tonumber(now[3] or '0'), tonumber(ARGV[5])) + 1
-  redis.call('HSET', KEYS[1], 'epoch', ARGV[1], 'version', ARGV[2], 'sha256', ARGV[3], 'revision', revision)
+  redis.call('HSET', KEYS[1], 'epoch', ARGV[1], 'version', ARGV[2], 'sha256', ARGV[3], 'revision', revision,
+             'rollback_of', '', 'signature', '')
+  if ARGV[12] ~= '' then redis.call('SET', KEYS[8], ARGV[12], 'EX', ARGV[13]) end
   redis.call('PUBLISH', ARGV[6], revision)
   current = name
 end
@@ -211,6 +220,7 @@ class Publisher:
         self._control = control
         self._now_ms = now_ms
         self._registry = Registry(client, model_id)
+        self._served: PolicySnapshot | None = None
         self._noted: tuple[int, int] | None = None
         self._acquire: Any = client.register_script(_ACQUIRE)
         self._renew: Any = client.register_script(_RENEW)
@@ -316,6 +326,7 @@ class Publisher:
                 lease_key(model),
                 history_key(model),
                 freeze_key(model),
+                delta_key(model, epoch, version),
             ],
             args=[
                 epoch,
@@ -329,13 +340,25 @@ class Publisher:
                 manifest.model_dump_json(),
                 blob_prefix(model),
                 manifest_prefix(model),
+                self._delta(snapshot),
+                DELTA_TTL_S,
             ],
         )
         result = Outcome(outcome.decode())
         if result is Outcome.NOT_HOLDER:
             self.holds_lease = False
+        if result is Outcome.PUBLISHED:
+            self._served = snapshot
         self.fence.revision = max(self.fence.revision, int(revision))
         return result
+
+    def _delta(self, snapshot: PolicySnapshot) -> bytes:
+        """Return what turns the snapshot that is served into this one; empty where that is unknown or saves little."""
+        served = self._served
+        if served is None or served.manifest.sha256 != snapshot.manifest.parent_sha256:
+            return b""
+        delta = make_delta(served.blob, snapshot.blob)
+        return delta if len(delta) <= (1.0 - MIN_SAVED) * len(snapshot.blob) else b""
 
 
 def _tell(known: ControlRecord) -> None:

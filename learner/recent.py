@@ -50,6 +50,8 @@ class RecentImpressions:
 
     def __init__(self, max_size: int) -> None:
         self._kept: deque[RecentImpression] = deque(maxlen=max_size)
+        self.num_added = 0
+        """Impressions that were taken since this process made it."""
 
     def __len__(self) -> int:
         """Return how many there are."""
@@ -61,6 +63,7 @@ class RecentImpressions:
 
     def add(self, batch: ExampleBatch, parsed: ParsedExamples, rows: NDArray[np.int64]) -> None:
         """Take the impressions of these rows, which have no fault."""
+        self.num_added += len(rows)
         rows = rows[-(self._kept.maxlen or 0) :]
         values = zip(
             [parsed.products[u] for u in parsed.product[rows]],

@@ -22,13 +22,25 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from serving.admin import (
+    DEFAULT_LISTED,
+    MAX_LISTED,
+    SETTING,
+    AdminError,
+    Caller,
+    HoldRequest,
+    PinRequest,
+    RegistryAdmin,
+    RegistryChange,
+    RegistryListing,
+    RollbackRequest,
+)
 from serving.auth import Authenticator, AuthError, Scope
 from serving.catalog_view import CatalogView
 from serving.credits_answer import PARAMETERS, answer
 from serving.decisions import Decider
 from serving.event_log import EventLog
 from serving.explanation import CardCredits
-from serving.feedback import check_clicks, read_token
 from serving.limits import BodyLimit
 from serving.messages import (
     Accepted,
@@ -42,21 +54,21 @@ from serving.messages import (
     ImpressionTokens,
     InvalidBodyError,
     Refusal,
-    read_clicks,
     read_decide,
-    read_tokens,
 )
 from serving.metrics import ServingMetrics
 from serving.openapi import add_components, operation
 from serving.policy_holder import MAX_SWAPS, PolicyHolder
 from serving.refresher import Refresher
+from serving.reports import LogFullError, Reports
 from serving.status import PolicyStatus, Readiness, policy_status, readiness
-from streams.contracts.topics import CLICKS, IMPRESSIONS
+from streams.contracts.control import Action
 
 logger = logging.getLogger(__name__)
 
 DECIDE_LIMIT: Final = 1024 * 1024
 FEEDBACK_LIMIT: Final = 256 * 1024
+ADMIN_LIMIT: Final = 16 * 1024
 _HEADERS: Final = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 _encode = msgspec.json.Encoder().encode
 
@@ -75,8 +87,15 @@ class ServerState:
     signing_key: bytes
     attribution_window_ms: int
     now_ms: Callable[[], int]
+    admin: RegistryAdmin | None = None
+    """None: this server cannot act on the registry."""
     allow_cold_start: bool = True
     """Ready without any policy: the uniform rung collects the first data."""
+
+    @property
+    def reports(self) -> Reports:
+        """What takes clicks and rendered cards."""
+        return Reports(self.event_log, self.metrics, self.signing_key, self.attribution_window_ms)
 
 
 Handler = Callable[[ServerState, Request, bytes], Response]
@@ -100,6 +119,8 @@ class Route:
     """Status -> what comes with it in place of a refusal."""
     response_class: type[Response] = JSONResponse
     """Names the media type of a success."""
+    refuses: Sequence[str] = ()
+    """Statuses of refusals that only few routes have."""
     parameters: Sequence[dict[str, Any]] = ()
     """Of path and query, in OpenAPI's words."""
     is_long: bool = False
@@ -124,58 +145,56 @@ def _decide(state: ServerState, request: Request, body: bytes) -> Response:
 
 
 def _clicks(state: ServerState, request: Request, body: bytes) -> Response:
-    good, rejected = check_clicks(read_clicks(body), state.signing_key, state.now_ms(), state.attribution_window_ms)
-    for fault in rejected:
-        state.metrics.events_rejected.labels(CLICKS, fault.field).inc()
-    left_out = [index for index, click in good if not state.event_log.offer_click(click)]
-    return _accepted(len(good), left_out, rejected)
+    return _json(state.reports.clicks(body, state.now_ms()), 202)
 
 
 def _impressions(state: ServerState, request: Request, body: bytes) -> Response:
-    now_ms = state.now_ms()
-    rejected: list[Fault] = []
-    num_good = 0
-    for index, token in enumerate(read_tokens(body)):
-        try:
-            impression = read_token(token, state.signing_key, now_ms)
-        except ValueError as error:
-            rejected.append(Fault(index=index, field=f"tokens[{index}]", reason=str(error)))
-            state.metrics.events_rejected.labels(IMPRESSIONS, "token").inc()
-        else:
-            # Sampling under load is no refusal: the survivors stand for those that were dropped.
-            state.event_log.offer_impression(impression)
-            num_good += 1
-    return _accepted(num_good, [], rejected)
-
-
-def _accepted(num_good: int, left_out: Sequence[int], rejected: Sequence[Fault]) -> Response:
-    reason = "the event log is full; send it again later"
-    full = [Fault(index=index, field="event_log", reason=reason) for index in left_out]
-    if full and len(full) == num_good:
-        return _refusal(503, "the event log is full", [*rejected, *full], {"Retry-After": "1"})
-    faults = sorted([*rejected, *full], key=lambda fault: fault.index or 0)
-    return _json(Accepted(accepted=num_good - len(full), rejected=faults), 202)
+    return _json(state.reports.impressions(body, state.now_ms()), 202)
 
 
 def _policy(state: ServerState, request: Request, body: bytes) -> Response:
-    text = request.query_params.get("swaps", "20")
-    if not (text.isascii() and text.isdigit() and len(text) <= 4 and int(text) <= MAX_SWAPS):
-        reason = f"is {text[:20]!r}; expected a number of at most {MAX_SWAPS}"
-        raise InvalidBodyError([Fault(index=None, field="swaps", reason=reason)])
     return _json(
         policy_status(
             state.holder,
             state.metrics,
-            num_swaps=int(text),
+            num_swaps=_number(request, "swaps", 20, 0, MAX_SWAPS),
             events_waiting=state.event_log.num_waiting,
+            seen=state.refresher.seen,
             registry_fault=state.refresher.fault,
         )
     )
 
 
+def _number(request: Request, name: str, default: int, least: int, most: int) -> int:
+    text = request.query_params.get(name, str(default))
+    if text.isascii() and text.isdigit() and len(text) <= 4 and least <= int(text) <= most:
+        return int(text)
+    reason = f"is {text[:20]!r}; expected a number from {least} to {most}"
+    raise InvalidBodyError([Fault(index=None, field=name, reason=reason)])
+
+
 def _credits(state: ServerState, request: Request, body: bytes) -> Response:
     query = request.query_params.multi_items()
     return _json(answer(state.holder.current, state.catalog.catalog, request.path_params["product_id"], query))
+
+
+def _registry(state: ServerState, request: Request, body: bytes) -> Response:
+    limit = _number(request, "limit", DEFAULT_LISTED, 1, MAX_LISTED)
+    return _json(_admin(state).list(limit))
+
+
+def _act(action: Action) -> Handler:
+    def act(state: ServerState, request: Request, body: bytes) -> Response:
+        address = request.client.host if request.client else "unknown"
+        return _json(_admin(state).act(action, body, Caller(request.state.token, address)))
+
+    return act
+
+
+def _admin(state: ServerState) -> RegistryAdmin:
+    if state.admin is None:
+        raise AdminError(501, f"{SETTING} is not set, so this server cannot act on the registry; use genco policy")
+    return state.admin
 
 
 def _healthz(state: ServerState, request: Request, body: bytes) -> Response:
@@ -249,6 +268,37 @@ ROUTES: Final = (
         parameters=PARAMETERS,
         is_long=True,
     ),
+    Route(
+        method="GET",
+        path="/v1/registry",
+        scope="admin",
+        handler=_registry,
+        summary="Stored versions, what is current, pinned and frozen, and the last actions; ?limit=N of each",
+        gives=(RegistryListing,),
+        refuses=("501",),
+        is_long=True,
+    ),
+    *(
+        Route(
+            method="POST",
+            path=f"/v1/registry/{action.value}",
+            scope="admin",
+            handler=_act(action),
+            summary=summary,
+            body_limit=ADMIN_LIMIT,
+            takes=(takes,),
+            gives=(RegistryChange,),
+            refuses=("409", "501"),
+            is_long=True,
+        )
+        for action, takes, summary in (
+            (Action.PIN, PinRequest, "Serve this version and stay with it"),
+            (Action.UNPIN, HoldRequest, "Remove the pin; the next publication is served"),
+            (Action.FREEZE, HoldRequest, "Stay with the version that serves now; learning goes on"),
+            (Action.UNFREEZE, HoldRequest, "Remove the freeze; the next publication is served"),
+            (Action.ROLLBACK, RollbackRequest, "Serve an older version, and freeze"),
+        )
+    ),
     Route(method="GET", path="/healthz", scope="public", handler=_healthz, summary="The process is alive"),
     Route(
         method="GET",
@@ -302,7 +352,7 @@ def create_app(state: ServerState) -> FastAPI:
             response_model=None,
             response_class=route.response_class,
             openapi_extra=operation(
-                route.takes, route.gives, route.status, route.scope, route.parameters, route.gives_else
+                route.takes, route.gives, route.status, route.scope, route.parameters, route.gives_else, route.refuses
             ),
         )
     app.add_middleware(BodyLimit, limits={route.path: route.body_limit for route in ROUTES if route.body_limit})
@@ -321,7 +371,7 @@ def _endpoint(state: ServerState, route: Route) -> Callable[[Request], Any]:
 
     async def endpoint(request: Request) -> Response:
         try:
-            state.authenticator.check(request.headers.get("authorization"), route.scope)
+            request.state.token = state.authenticator.check(request.headers.get("authorization"), route.scope)
             body = b""
             if route.body_limit:
                 _require_json(request)
@@ -335,6 +385,10 @@ def _endpoint(state: ServerState, route: Route) -> Callable[[Request], Any]:
                     response = await asyncio.to_thread(handle, state, request, body)
         except InvalidBodyError as error:
             response = _refusal(error.status, "invalid request", error.faults)
+        except LogFullError as error:
+            response = _refusal(503, str(error), error.faults, {"Retry-After": "1"})
+        except AdminError as error:
+            response = _refusal(error.status, str(error), [])
         except AuthError as error:
             headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
             response = _refusal(error.status, str(error), [], headers)

@@ -32,10 +32,14 @@ class CatalogView:
     Args:
         connect: Makes a kafka-python consumer without topics; may fail, and is tried again.
         metrics: Counts records that could not be read.
+        is_stale: Whether a consumer made now would have other credentials than the one that reads.
     """
 
-    def __init__(self, connect: Callable[[], Any], metrics: ServingMetrics) -> None:
+    def __init__(
+        self, connect: Callable[[], Any], metrics: ServingMetrics, is_stale: Callable[[], bool] = lambda: False
+    ) -> None:
         self._connect = connect
+        self._is_stale = is_stale
         self._metrics = metrics
         self._catalog = Catalog()
         self._stopping = threading.Event()
@@ -83,7 +87,7 @@ class CatalogView:
         assignment = assign_whole_topic(consumer, CATALOG)
         ends = consumer.end_offsets(assignment, timeout_ms=5_000)
         fresh, is_complete = Catalog(), False
-        while not self._stopping.is_set():
+        while not self._stopping.is_set() and not self._is_stale():
             for batch in consumer.poll(timeout_ms=_POLL_MS).values():
                 for record in batch:
                     self._apply(fresh, record)

@@ -147,6 +147,7 @@ class EventLog:
         batch_size: At most so many events in one record.
         metrics: Counts every event by topic and fate.
         rng: Decides which impressions survive an overload.
+        is_stale: Whether a producer made now would have other credentials than the one that writes.
     """
 
     def __init__(
@@ -159,8 +160,10 @@ class EventLog:
         batch_size: int,
         metrics: ServingMetrics,
         rng: np.random.Generator,
+        is_stale: Callable[[], bool] = lambda: False,
     ) -> None:
         self._connect = connect
+        self._is_stale = is_stale
         self._capacity = queue_size
         self._linger_s = linger_ms / 1000
         self._batch_size = batch_size
@@ -311,8 +314,11 @@ class EventLog:
             backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
 
     def _write(self, producer: Producer, num_partitions: int) -> None:
-        """Write what is queued, each linger time or batch size, until told to stop or the producer is broken."""
+        """Write what is queued, each linger time or batch size, until told to stop or another producer is needed."""
         while not self._needs_producer:
+            if self._is_stale():
+                logger.info("the password of Kafka has changed; connecting anew")
+                return
             is_last = self._stopping.is_set()
             self._write_elements(producer)
             with self._lock:

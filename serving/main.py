@@ -11,127 +11,65 @@ import logging
 import signal
 import socket
 import sys
-import time
-from dataclasses import dataclass
 from types import FrameType
 from typing import Final
 
-import numpy as np
 import uvicorn
 from prometheus_client import REGISTRY, CollectorRegistry
 from starlette.types import ASGIApp
 
+from serving.admin import RegistryAdmin
 from serving.api import ServerState, create_app
-from serving.auth import Authenticator, require_tokens_beyond_loopback
-from serving.catalog_view import CatalogView
+from serving.auth import Authenticator, require_admin_token, require_tokens_beyond_loopback
 from serving.connections import GuardedProtocol
-from serving.decisions import Decider
-from serving.event_log import EventLog, Producer
-from serving.metrics import ServingMetrics
-from serving.policy_holder import PolicyHolder
-from serving.refresher import Refresher
-from serving.snapshot_store import LastGood, SnapshotStore
-from streams.clients import kafka_consumer, kafka_producer, redis_client
+from serving.parts import Parts
+from serving.parts import build as parts_of
+from streams.clients import redis_client
 from streams.contracts.settings import EX_CONFIG, ConfigurationError, ServeSettings, load
+from streams.control_log import ControlLog
 from streams.telemetry import MetricsServer, configure_logging, now_ms
 
 logger = logging.getLogger(__name__)
 
-REDIS_TIMEOUT_S: Final = 0.5
+ADMIN_TIMEOUT_S: Final = 5.0
 SHUTDOWN_S: Final = 10.0
 _REQUESTS_S: Final = 3
 """Of the shutdown's time, what requests under way get; the flush of the event log gets the most of the rest."""
-_THREADS_S: Final = 1.0
-_CONNECT_MS: Final = 5_000
 _MAX_CONNECTIONS: Final = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """A server that has not been started."""
-
-    state: ServerState
-
-    def start(self) -> None:
-        """Start the threads; returns at once, whether or not anything answers."""
-        self.state.refresher.start()
-        self.state.catalog.start()
-        self.state.event_log.start()
-
-    def stop(self, timeout_s: float) -> int:
-        """Stop the threads, the event log last; return how many events were lost."""
-        deadline = time.monotonic() + timeout_s
-        self.state.refresher.stop(_THREADS_S)
-        lost = self.state.event_log.close(max(0.5, deadline - time.monotonic() - _THREADS_S))
-        self.state.catalog.stop(_THREADS_S)
-        return lost
-
-
-def build(settings: ServeSettings, registry: CollectorRegistry = REGISTRY) -> Parts:
-    """Make the parts of a server; connects to nothing.
+def build(settings: ServeSettings, registry: CollectorRegistry = REGISTRY) -> tuple[Parts, ServerState]:
+    """Make the parts of a server, and what its routes work with; connects to nothing.
 
     Raises:
         ConfigurationError: If the tokens are malformed, or missing where others can reach the port.
     """
     tokens = settings.api_tokens
-    authenticator = Authenticator(None if tokens is None else tokens.get_secret_value())
+    authenticator = Authenticator(None if tokens is None else tokens.get_secret_value(), settings.file_of("api_tokens"))
     require_tokens_beyond_loopback(settings.http_host, authenticator)
-    key = settings.signing_key_bytes()
-    metrics = ServingMetrics(registry)
-    holder = PolicyHolder()
-    first, last = (int(part) for part in settings.routes.split("-"))
-    event_log = EventLog(
-        connect=lambda: _producer(settings),
-        routes=range(first, last + 1),
-        queue_size=settings.event_queue_size,
-        linger_ms=settings.event_linger_ms,
-        batch_size=settings.event_batch_size,
-        metrics=metrics,
-        rng=np.random.default_rng(),
-    )
-    catalog = CatalogView(lambda: kafka_consumer(settings), metrics)
-    refresher = Refresher(
-        store=SnapshotStore(redis_client(settings, timeout_s=REDIS_TIMEOUT_S, retries=0), settings.model_id, key),
-        holder=holder,
-        last_good=LastGood(settings.last_good_dir, settings.model_id, key),
-        listen_client=redis_client(settings, timeout_s=REDIS_TIMEOUT_S, retries=0),
-        model_id=settings.model_id,
-        interval_s=settings.refresh_interval_ms / 1000,
-        metrics=metrics,
+    if settings.operator_redis_url is not None:
+        require_admin_token(authenticator)
+    parts = parts_of(settings, registry)
+    return parts, ServerState(
+        decider=parts.decider,
+        holder=parts.holder,
+        refresher=parts.refresher,
+        catalog=parts.catalog,
+        event_log=parts.event_log,
+        authenticator=authenticator,
+        metrics=parts.metrics,
+        signing_key=parts.signing_key,
+        attribution_window_ms=parts.attribution_window_ms,
         now_ms=now_ms,
-    )
-    decider = Decider(
-        holder=holder,
-        catalog=catalog,
-        log=event_log,
-        signing_key=key,
-        model_id=settings.model_id,
-        rng=np.random.default_rng(settings.uniform_seed),
-        metrics=metrics,
-    )
-    return Parts(
-        ServerState(
-            decider=decider,
-            holder=holder,
-            refresher=refresher,
-            catalog=catalog,
-            event_log=event_log,
-            authenticator=authenticator,
-            metrics=metrics,
-            signing_key=key,
-            attribution_window_ms=settings.attribution_window_ms,
-            now_ms=now_ms,
-        )
+        admin=_admin(settings, parts.signing_key),
     )
 
 
-def _producer(settings: ServeSettings) -> Producer:
-    # Short, as a shutdown must not wait for it. And a missing topic is an error: a broker that creates it by itself
-    # gives it a partition count of its own.
-    producer: Producer = kafka_producer(
-        settings, bootstrap_timeout_ms=_CONNECT_MS, max_block_ms=_CONNECT_MS, allow_auto_create_topics=False
-    )
-    return producer
+def _admin(settings: ServeSettings, key: bytes) -> RegistryAdmin | None:
+    if settings.operator_redis_url is None:
+        return None
+    client = redis_client(settings, timeout_s=ADMIN_TIMEOUT_S, retries=0, name="operator_redis_url")
+    return RegistryAdmin(client, settings.model_id, ControlLog(settings).append, key, now_ms)
 
 
 class _Server(uvicorn.Server):
@@ -171,10 +109,10 @@ def run(settings: ServeSettings) -> int:
     Raises:
         ConfigurationError: If the settings do not fit together, or the port cannot be opened.
     """
-    parts = build(settings)
+    parts, state = build(settings)
     listener = _listen(settings.http_host, settings.http_port)
     metrics_server = _serve_metrics(settings)
-    server = _Server(configure(create_app(parts.state)), _url(settings.http_host, listener.getsockname()[1]))
+    server = _Server(configure(create_app(state)), _url(settings.http_host, listener.getsockname()[1]))
     # uvicorn raises the signal again when it has stopped; without a handler that would end us before the flush.
     previous = {number: signal.signal(number, _ignore) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -222,6 +222,20 @@ def read_tokens(body: bytes) -> list[str]:
     return tokens
 
 
+def read_flat(body: bytes, decode: Callable[[bytes], BodyT]) -> BodyT:
+    """Return what a body of one object without objects in it says.
+
+    Raises:
+        InvalidBodyError: If it is none, or a key stands twice.
+    """
+    found = _read(body, decode)
+    try:
+        json.loads(body, object_pairs_hook=_distinct)
+    except _DuplicateKeyError as error:
+        raise _stands_twice(error) from None
+    return found
+
+
 def _read(body: bytes, decode: Callable[[bytes], BodyT]) -> BodyT:
     try:
         return decode(body)
@@ -288,8 +302,11 @@ def _refuse_duplicate_keys(body: bytes, num_keys: int) -> None:
     try:
         json.loads(body, object_pairs_hook=_distinct)
     except _DuplicateKeyError as error:
-        fault = Fault(index=None, field=str(error)[:80], reason="key stands twice in one object")
-        raise InvalidBodyError([fault]) from None
+        raise _stands_twice(error) from None
+
+
+def _stands_twice(error: _DuplicateKeyError) -> InvalidBodyError:
+    return InvalidBodyError([Fault(index=None, field=str(error)[:80], reason="key stands twice in one object")])
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -50,6 +50,9 @@ class ServingMetrics:
         self.model_rejected = Counter(
             "genco_model_rejected", "Snapshots that were not loaded.", ["reason"], registry=registry
         )
+        self.model_fetched = Counter(
+            "genco_model_fetched", "Snapshots loaded from Redis: full, delta.", ["how"], registry=registry
+        )
         self.registry_errors = Counter(
             "genco_registry_errors", "Polls of Redis that failed, by cause.", ["cause"], registry=registry
         )

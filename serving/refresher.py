@@ -10,18 +10,20 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import redis
 
+from serving.golden import check
 from serving.metrics import ServingMetrics
 from serving.policy import Policy
 from serving.policy_holder import Chooser, Loaded, PolicyHolder
-from serving.snapshot_store import Fetched, LastGood, Pointer, SnapshotStore
+from serving.snapshot_store import Fetched, LastGood, Pointer, Sight, SnapshotStore
 from streams.contracts.events import Source
 from streams.contracts.features import FeatureSpec
-from streams.contracts.registry import published_channel
+from streams.contracts.registry import Version, published_channel
 from streams.contracts.snapshot import SnapshotError, SnapshotManifest, unpack_tensors
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,14 @@ def described_elements(blob: bytes) -> dict[str, frozenset[str]]:
         if has_content[row]:
             found.setdefault(names[slot], set()).add(element_id)
     return {slot: frozenset(ids) for slot, ids in found.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What Redis showed, and when."""
+
+    sight: Sight
+    at_ms: int
 
 
 class Refresher:
@@ -99,10 +109,14 @@ class Refresher:
         self._refused: tuple[Pointer | None, str] | None = None
         self._refusals = 0
         self._retry_at = 0.0
+        self._newest = Version(-1, -1)
+        self._base: Fetched | None = None
         self._older: tuple[int | None, int] | None = None
         self._outage: str | None = None
         self.fault: str | None = "Redis was not asked yet"
         """Why the registry could not be read last time, or None."""
+        self.seen: Seen | None = None
+        """What the registry showed when it was last read; None: not yet."""
 
     def start(self) -> None:
         """Load the last good snapshot, then ask Redis from a thread."""
@@ -129,14 +143,15 @@ class Refresher:
     def refresh(self) -> bool:
         """Ask Redis once; return whether a newer snapshot serves now."""
         try:
-            pointer = self._store.pointer()
+            sight = self._store.look()
         except redis.RedisError as error:
             self._note_outage(error)
             return False
         except SnapshotError as error:
             self._reject(error, None)
             return False
-        current = self._holder.current
+        self.seen = Seen(sight, self._now_ms())
+        pointer, current = sight.pointer, self._holder.current
         if pointer is None or pointer.revision < current.revision:
             self._note_older(None if pointer is None else pointer.revision)
             return False
@@ -151,7 +166,8 @@ class Refresher:
         if self._refused is not None and self._refused[0] == pointer and time.monotonic() < self._retry_at:
             return False
         try:
-            fetched = self._store.fetch(pointer)
+            self._require_order(pointer)
+            fetched = self._store.fetch(pointer, self._base)
             self._swap(fetched, "policy")
         except redis.RedisError as error:
             self._note_outage(error)
@@ -159,6 +175,7 @@ class Refresher:
         except Exception as error:  # noqa: BLE001 - a snapshot that breaks what reads it must not end this thread
             self._reject(error, pointer)
             return False
+        self._metrics.model_fetched.labels("delta" if fetched.is_delta else "full").inc()
         self._clear_fault()
         try:
             self._last_good.save(fetched)
@@ -166,13 +183,30 @@ class Refresher:
             logger.warning("cannot keep the last good snapshot", extra={"cause": str(error)})
         return True
 
+    def _require_order(self, pointer: Pointer) -> None:
+        """Refuse a way back that no operator has signed: a genuine old snapshot under a new revision.
+
+        What an operator went back from counts as seen, so that nobody can lead us forth to it again.
+        """
+        if self._store.is_move(pointer):
+            self._newest = max(self._newest, Version.parse(pointer.rollback_of))
+        elif pointer.name <= self._newest:
+            raise SnapshotError(
+                "rollback",
+                f"the pointer goes to {pointer.name} after {self._newest}, and no operator has signed that; "
+                "move it with genco policy pin or rollback, and the learner's GENCO_SIGNING_KEY",
+            )
+
     def _swap(self, fetched: Fetched, rung: Source) -> None:
         manifest = fetched.manifest
         policy = self._build(fetched.blob, manifest)
+        check(policy, manifest)
         loaded = Loaded(policy, rung, manifest, fetched.revision, self._describe(fetched.blob))
         before = self._holder.current.manifest
         swapped_at_ms = self._now_ms()
         self._holder.swap(loaded, swapped_at_ms)
+        self._newest = max(self._newest, Version(manifest.epoch, manifest.version))
+        self._base = fetched
         self._refused = None
         self._metrics.model_revision.set(fetched.revision)
         self._metrics.model_max_event.set(manifest.max_event_time_ms / 1000)

@@ -6,18 +6,25 @@ Redis never moves a server back. What either place gives is verified (length, sh
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
 
 import msgspec
 import redis
 from pydantic import ValidationError
+from redis.exceptions import NoPermissionError
 
-from streams.contracts.registry import blob_key, current_key, manifest_key
+from streams.contracts.delta import apply_delta
+from streams.contracts.moves import Move, is_signed
+from streams.contracts.registry import Version, blob_key, current_key, delta_key, freeze_key, manifest_key, pin_key
 from streams.contracts.snapshot import MAX_BLOB_BYTES, SnapshotError, SnapshotManifest, verify
+
+logger = logging.getLogger(__name__)
 
 MAX_MANIFEST_BYTES: Final = 1024 * 1024
 _MAGIC: Final = b"genco last good 1\n"
@@ -31,6 +38,27 @@ class Pointer:
     version: int
     revision: int
     sha256: str
+    rollback_of: str = ""
+    """epoch:version from which an operator moved; empty: the learner did."""
+    signature: str = ""
+    """Of the operator's move."""
+
+    @property
+    def name(self) -> Version:
+        """Which snapshot it is."""
+        return Version(self.epoch, self.version)
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What one look at the registry shows."""
+
+    pointer: Pointer | None
+    """None: nothing was published."""
+    pin: str | None = None
+    """The pinned version as EPOCH.VERSION; None: none is, or it may not be read."""
+    frozen: bool | None = None
+    """None: it may not be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +68,8 @@ class Fetched:
     revision: int
     manifest: SnapshotManifest
     blob: bytes
+    is_delta: bool = field(default=False, compare=False)
+    """Whether it came as a delta."""
 
 
 class SnapshotStore:
@@ -63,16 +93,47 @@ class SnapshotStore:
             SnapshotError: If it is malformed.
             redis.RedisError: If Redis does not answer.
         """
-        raw = cast("dict[bytes, bytes]", self._client.hgetall(current_key(self._model_id)))
+        return self._pointer(cast("dict[bytes, bytes]", self._client.hgetall(current_key(self._model_id))))
+
+    def look(self) -> Sight:
+        """Return the pointer and what holds it, in one round trip; raises as `pointer`.
+
+        A pin or a freeze that this user may not read (a Redis with the users of an earlier release) is unknown; nothing
+        that is decided depends on it.
+        """
+        with self._client.pipeline(transaction=False) as pipeline:
+            pipeline.hgetall(current_key(self._model_id))
+            pipeline.get(pin_key(self._model_id))
+            pipeline.get(freeze_key(self._model_id))
+            raw, pin, freeze = pipeline.execute(raise_on_error=False)
+        for answer in (raw, pin, freeze):
+            if isinstance(answer, Exception) and (answer is raw or not isinstance(answer, NoPermissionError)):
+                raise answer
+        pointer = self._pointer(raw)
+        if isinstance(pin, Exception) or isinstance(freeze, Exception):
+            return Sight(pointer)
+        return Sight(pointer, None if pin is None else _readable(pin), freeze is not None)
+
+    def _pointer(self, raw: dict[bytes, bytes]) -> Pointer | None:
         if not raw:
             return None
         try:
             pointer = Pointer(
-                int(raw[b"epoch"]), int(raw[b"version"]), int(raw[b"revision"]), raw[b"sha256"].decode("ascii")
+                epoch=int(raw[b"epoch"]),
+                version=int(raw[b"version"]),
+                revision=int(raw[b"revision"]),
+                sha256=raw[b"sha256"].decode("ascii"),
+                rollback_of=raw.get(b"rollback_of", b"").decode("ascii"),
+                signature=raw.get(b"signature", b"").decode("ascii"),
             )
         except (KeyError, ValueError) as error:
             raise SnapshotError("pointer", f"hash {current_key(self._model_id)} is malformed: {error!r}") from None
         return pointer
+
+    def is_move(self, pointer: Pointer) -> bool:
+        """Return whether an operator who has the key moved the pointer there."""
+        move = Move(self._model_id, pointer.name, pointer.sha256, pointer.revision, pointer.rollback_of)
+        return bool(pointer.rollback_of) and is_signed(move, pointer.signature, self._key)
 
     def fetch_current(self, after: int | None) -> Fetched | None:
         """Return the current snapshot if its revision is larger than `after`.
@@ -86,8 +147,8 @@ class SnapshotStore:
             return None
         return self.fetch(pointer)
 
-    def fetch(self, pointer: Pointer) -> Fetched:
-        """Return the snapshot that a pointer names.
+    def fetch(self, pointer: Pointer, base: Fetched | None = None) -> Fetched:
+        """Return the snapshot that a pointer names, as a delta to `base` where there is one, else in full.
 
         Raises:
             SnapshotError: If it is missing, malformed, not of this model, or fails verification.
@@ -97,12 +158,28 @@ class SnapshotStore:
         manifest = _parse_manifest(self._get(manifest_key(*where), MAX_MANIFEST_BYTES))
         if manifest.num_bytes > MAX_BLOB_BYTES:
             raise SnapshotError("size", f"manifest speaks of {manifest.num_bytes} bytes; at most {MAX_BLOB_BYTES}")
-        blob = self._get(blob_key(*where), manifest.num_bytes)
+        built = None if base is None else self._built(manifest, base)
+        blob = self._get(blob_key(*where), manifest.num_bytes) if built is None else built
         _check(manifest, blob, self._key, self._model_id)
         named = manifest.epoch, manifest.version, manifest.sha256
         if named != (pointer.epoch, pointer.version, pointer.sha256):
             raise SnapshotError("pointer", f"pointer names {pointer}; the manifest there is {named}")
-        return Fetched(pointer.revision, manifest, blob)
+        return Fetched(pointer.revision, manifest, blob, built is not None)
+
+    def _built(self, manifest: SnapshotManifest, base: Fetched) -> bytes | None:
+        """Return the blob made of another one and a delta; None after a gap, or if it is not what the manifest says.
+
+        Nothing that stands there for a delta is an error: the full snapshot is there too, and is verified.
+        """
+        if manifest.parent_sha256 != base.manifest.sha256:
+            return None
+        try:
+            delta = self._get(delta_key(self._model_id, manifest.epoch, manifest.version), manifest.num_bytes)
+            blob = apply_delta(base.blob, delta, max_bytes=manifest.num_bytes)
+        except (SnapshotError, NoPermissionError) as error:
+            logger.debug("no delta", extra={"cause": str(error)})
+            return None
+        return blob if hashlib.sha256(blob).hexdigest() == manifest.sha256 else None
 
     def _get(self, key: str, most: int) -> bytes:
         # The length first: a wrong value there must not fill our memory.
@@ -186,6 +263,13 @@ def read_last_good(path: Path, model_id: str | None, key: bytes) -> Fetched:
     manifest = _parse_manifest(bytes(parsed.manifest))
     _check(manifest, blob, key, manifest.model_id if model_id is None else model_id)
     return Fetched(parsed.revision, manifest, blob)
+
+
+def _readable(pin: bytes) -> str:
+    try:
+        return str(Version.parse(pin.decode("ascii")))
+    except (UnicodeDecodeError, ValueError):  # shown to people, no more: what somebody wrote there stops no server
+        return "unreadable"
 
 
 class _Header(msgspec.Struct):

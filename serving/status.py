@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from serving.metrics import ServingMetrics, totals
 from serving.policy_holder import PolicyHolder, Swap
+from serving.refresher import Seen
 from streams.contracts.events import Source
 from streams.contracts.topics import CATALOG, CLICKS, IMPRESSIONS
 
@@ -33,17 +34,30 @@ class Counters(Struct, frozen=True, kw_only=True):
     freshness_observed: int
 
 
+class RegistryStatus(Struct, frozen=True, kw_only=True):
+    """What the registry in Redis holds, as this server last read it."""
+
+    current: Annotated[str | None, Meta(examples=["3.42"], description="EPOCH.VERSION; null: nothing is published")]
+    revision: int
+    """Of the pointer; 0: there is none."""
+    pin: Annotated[str | None, Meta(examples=["3.40"], description="EPOCH.VERSION; null: none, or not readable")]
+    frozen: Annotated[bool | None, Meta(description="null: this Redis user may not read it")]
+    read_at_ms: Annotated[int, Meta(examples=[1764000000000])]
+
+
 class PolicyStatus(Struct, frozen=True, kw_only=True):
     """Answer of GET /v1/policy."""
 
     source: Source
     revision: int
     manifest: dict[str, Any] | None
-    """Without its signature; null on the uniform rung."""
+    """Without its signature and its golden batch; null on the uniform rung."""
     gate: dict[str, Any] | None
     swaps: list[Swap]
     """Oldest first."""
     counters: Counters
+    registry: RegistryStatus | None
+    """Null: Redis was not heard yet."""
     registry_fault: str | None
     """Why Redis could not be read, or its snapshot was refused, last time."""
 
@@ -69,11 +83,12 @@ def policy_status(
     *,
     num_swaps: int,
     events_waiting: int,
+    seen: Seen | None,
     registry_fault: str | None,
 ) -> PolicyStatus:
     """Return what serves now, and how it came to that."""
     loaded = holder.current
-    manifest = None if loaded.manifest is None else loaded.manifest.model_dump(mode="json", exclude={"hmac"})
+    manifest = None if loaded.manifest is None else loaded.manifest.model_dump(mode="json", exclude={"hmac", "golden"})
     return PolicyStatus(
         source=loaded.rung,
         revision=loaded.revision,
@@ -81,7 +96,19 @@ def policy_status(
         gate=None if manifest is None else manifest["gate"],
         swaps=holder.swaps(num_swaps),
         counters=_counters(metrics, events_waiting),
+        registry=None if seen is None else _registry(seen),
         registry_fault=registry_fault,
+    )
+
+
+def _registry(seen: Seen) -> RegistryStatus:
+    pointer = seen.sight.pointer
+    return RegistryStatus(
+        current=None if pointer is None else str(pointer.name),
+        revision=0 if pointer is None else pointer.revision,
+        pin=seen.sight.pin,
+        frozen=seen.sight.frozen,
+        read_at_ms=seen.at_ms,
     )
 
 

@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, TypeVar
+from urllib.parse import unquote, urlsplit
 
 import redis
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
@@ -65,7 +66,8 @@ def kafka_options(settings: KafkaSettings) -> dict[str, Any]:
     if settings.kafka_sasl_mechanism and settings.kafka_sasl_password:
         options["sasl_mechanism"] = settings.kafka_sasl_mechanism
         options["sasl_plain_username"] = settings.kafka_sasl_username
-        options["sasl_plain_password"] = settings.kafka_sasl_password.get_secret_value()
+        # That of now: a client that is made anew after a rotation gets the new one.
+        options["sasl_plain_password"] = settings.secret("kafka_sasl_password")
     if settings.kafka_ssl_cafile:
         options["ssl_cafile"] = str(settings.kafka_ssl_cafile)
     return options
@@ -231,20 +233,53 @@ def create_topics(settings: KafkaSettings, *, replication_factor: int = -1) -> l
     return created
 
 
-def redis_client(settings: RedisSettings, *, timeout_s: float, retries: int) -> redis.Redis:
+class _UrlFile(redis.CredentialProvider):
+    """Name and password from the file of a Redis URL, as they are whenever a connection is made."""
+
+    def __init__(self, settings: RedisSettings, name: str) -> None:
+        self._settings = settings
+        self._name = name
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        """Return the password, after the name if there is one.
+
+        Raises:
+            redis.AuthenticationError: If the file cannot be read, or holds no password.
+        """
+        try:
+            parts = urlsplit(self._settings.secret(self._name) or "")
+        except (OSError, ValueError) as error:
+            raise redis.AuthenticationError(f"the file of {self._name} cannot be read ({error})") from error
+        if not parts.password:
+            raise redis.AuthenticationError(f"the file of {self._name} holds no URL with a password any more")
+        password = unquote(parts.password)
+        return (unquote(parts.username), password) if parts.username else (password,)
+
+
+def redis_client(settings: RedisSettings, *, timeout_s: float, retries: int, name: str = "redis_url") -> redis.Redis:
     """Return a client whose calls end within (retries + 1) * timeout_s, and a little back-off.
+
+    If the URL stood in a file, each new connection takes name and password from it as they are then; the address stays
+    that of the start.
 
     Args:
         settings: Where.
         timeout_s: Of one attempt, connecting or reading.
         retries: Further attempts; a write that timed out is sent again, so only idempotent writes may be made.
+        name: The setting that holds the URL.
     """
+    url, options = getattr(settings, name).get_secret_value(), {}
+    parts = urlsplit(url)
+    if parts.password and settings.file_of(name) is not None:
+        url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        options["credential_provider"] = _UrlFile(settings, name)
     return redis.Redis.from_url(
-        settings.redis_url.get_secret_value(),
+        url,
         socket_timeout=timeout_s,
         socket_connect_timeout=timeout_s,
         retry=Retry(ExponentialWithJitterBackoff(base=0.01, cap=0.5), retries),
         health_check_interval=0,
+        **options,
     )
 
 

@@ -11,12 +11,13 @@ does not take the record, the action holds all the same, and the learner writes 
     unfreeze  the pointer may move again; it stays until the next publication
     rollback  the pointer moves to an older version; a freeze keeps the next publication from undoing it
 
-Pin and rollback always give a new revision, by which servers know that they may go back. An action that would change
-nothing changes nothing: no revision, no audit.
+Pin and rollback always give a new revision, and are signed with it: by that servers know that they may go back. An
+action that would change nothing changes nothing: no revision, no audit.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -25,6 +26,7 @@ from typing import Any, Final
 import redis
 
 from streams.contracts.control import Action, AuditRecord, ControlRecord, RegistryState
+from streams.contracts.moves import NOWHERE, Move, sign_move
 from streams.contracts.registry import (
     AUDIT_LENGTH,
     Version,
@@ -40,17 +42,21 @@ from streams.contracts.registry import (
     revision_key,
     sequence_key,
 )
-from streams.contracts.snapshot import FORMAT
+from streams.contracts.snapshot import FORMAT, sign
 from streams.registry import Registry
 
 MAX_WHO: Final = 128
 MAX_REASON: Final = 1_000
+_TRIES: Final = 20
+_UNSIGNED: Final = ("", 0, "", "")
 
 # KEYS[1] current, KEYS[2] pin, KEYS[3] freeze, KEYS[4] epoch, KEYS[5] revision, KEYS[6] sequence, KEYS[7] history,
 # KEYS[8] audit; ARGV[1] what, ARGV[2] who, ARGV[3] when in ms, ARGV[4] reason, ARGV[5] length of the audit,
 # ARGV[6] channel, ARGV[7] and ARGV[8] what the keys of blobs and manifests begin with, ARGV[9] version or '',
-# ARGV[10] '1' if a rollback freezes, ARGV[11] format of snapshots that servers read.
-# Returns {'changed', audit record} or {refusal or 'unchanged', ''}.
+# ARGV[10] '1' if a rollback freezes, ARGV[11] format of snapshots that servers read, ARGV[12] the version to which the
+# caller has signed a move or '', ARGV[13] the revision of that move, ARGV[14] where it goes back from, ARGV[15] its
+# signature. Returns {'changed', audit record} or {refusal or 'unchanged', ''}; 'moved': the registry is no longer as it
+# was when the move was signed, nothing has changed.
 _BEGIN: Final = """
 if redis.call('EXISTS', KEYS[4]) == 0 then return {'empty', ''} end
 local function number(key) return tonumber(redis.call('GET', key) or '0') end
@@ -79,9 +85,10 @@ local function point_at(name)
     return 'damaged'
   end
   if parsed.format ~= ARGV[11] then return 'format' end
+  if ARGV[12] ~= name or tonumber(ARGV[13]) ~= before.revision + 1 then return 'moved' end
   local epoch, version = parts(name)
   redis.call('HSET', KEYS[1], 'epoch', epoch, 'version', version, 'sha256', parsed.sha256,
-             'revision', before.revision + 1)
+             'revision', before.revision + 1, 'rollback_of', ARGV[14], 'signature', ARGV[15])
   redis.call('PUBLISH', ARGV[6], before.revision + 1)
 end
 local changed = false
@@ -145,6 +152,7 @@ class Refusal(StrEnum):
     NO_POINTER = "no_pointer"
     NOTHING_BEFORE = "nothing_before"
     NOT_OLDER = "not_older"
+    MOVED = "moved"
 
 
 class ActionRefusedError(ValueError):
@@ -194,17 +202,27 @@ class Order:
 class Operator:
     """Acts on the registry of one model.
 
-    Every action may raise `redis.RedisError`. Whether it was done is then unknown, and doing it again does no harm,
+    Pin and rollback move the pointer, and servers go back only by a signed move: those two need the key. Every action
+    may raise `redis.RedisError`. Whether it was done is then unknown, and doing it again does no harm,
     except for a rollback without a version.
 
     Args:
         registry: Of the model.
         client: Of the same Redis, without retries.
         record: Writes to the topic `control`; raises OSError when it cannot.
+        signing_key: The learner's and the servers'; None: only to unpin, freeze and unfreeze.
     """
 
-    def __init__(self, registry: Registry, client: redis.Redis, record: Callable[[ControlRecord], None]) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        client: redis.Redis,
+        record: Callable[[ControlRecord], None],
+        *,
+        signing_key: bytes | None = None,
+    ) -> None:
         self._registry = registry
+        self._signing_key = signing_key
         self._model_id = registry.model_id
         self._record = record
         self._scripts: dict[Action, Any] = {
@@ -217,20 +235,21 @@ class Operator:
         Raises:
             ActionRefusedError: If the version is not stored, or the registry is empty.
             NotRecordedError: If it is done, but Kafka has no record of it.
+            ValueError: If there is no signing key, or it is not the one that signed this version.
         """
-        return self._act(Action.PIN, order, version)
+        return self._move(Action.PIN, order, version)
 
     def unpin(self, order: Order) -> Change:
         """Let the pointer move again, from the next publication on; raises as `pin`."""
-        return self._act(Action.UNPIN, order)
+        return self._hold(Action.UNPIN, order)
 
     def freeze(self, order: Order) -> Change:
         """Keep the pointer where it is, while learning goes on; raises as `pin`."""
-        return self._act(Action.FREEZE, order)
+        return self._hold(Action.FREEZE, order)
 
     def unfreeze(self, order: Order) -> Change:
         """Let the pointer move again, from the next publication on; raises as `pin`."""
-        return self._act(Action.UNFREEZE, order)
+        return self._hold(Action.UNFREEZE, order)
 
     def rollback(self, version: Version | None, order: Order, *, freeze: bool = True) -> Change:
         """Move the pointer back.
@@ -243,10 +262,54 @@ class Operator:
         Raises:
             ActionRefusedError: If there is no such version, it is not older, or a pin holds the pointer.
             NotRecordedError: If it is done, but Kafka has no record of it.
+            ValueError: If there is no signing key, or it is not the one that signed this version.
         """
-        return self._act(Action.ROLLBACK, order, version, freeze=freeze)
+        return self._move(Action.ROLLBACK, order, version, freeze=freeze)
 
-    def _act(self, action: Action, order: Order, version: Version | None = None, *, freeze: bool = False) -> Change:
+    def _move(self, action: Action, order: Order, version: Version | None, *, freeze: bool = False) -> Change:
+        """Sign a move for the registry as it is, and make it unless a publication came between: then once more."""
+        for _ in range(_TRIES):
+            change = self._act(action, order, version, freeze=freeze, move=self._signed(version))
+            if change is not None:
+                return change
+        raise ActionRefusedError(Refusal.MOVED, _explain(Refusal.MOVED, self._model_id, version))
+
+    def _signed(self, version: Version | None) -> tuple[str | int, ...]:
+        """Return version, revision, origin and signature of the move; blanks where the script will refuse it anyway."""
+        if self._signing_key is None:
+            raise ValueError("servers go to an older version only by a signed move; set GENCO_SIGNING_KEY")
+        state = self._registry.state()
+        target = version
+        if target is None and state.current is not None:
+            before = list(itertools.dropwhile(lambda name: name != state.current, self._registry.history()))[1:]
+            target = before[0] if before else None
+        manifest = self._registry.manifests([target])[target] if target is not None else None
+        if target is None or manifest is None or manifest.format != FORMAT:
+            return _UNSIGNED  # the script says what is wrong
+        if manifest.hmac != sign(manifest, self._signing_key).hmac:
+            raise ValueError(
+                f"GENCO_SIGNING_KEY is not the key that signed version {target} of model {self._model_id!r}, or its "
+                "manifest was changed: servers would not follow; set the learner's key, or choose another version"
+            )
+        origin = NOWHERE if state.current is None else state.current.key
+        move = Move(self._model_id, target, manifest.sha256, state.revision + 1, origin)
+        return target.key, move.revision, origin, sign_move(move, self._signing_key)
+
+    def _hold(self, action: Action, order: Order) -> Change:
+        change = self._act(action, order)
+        assert change is not None, "only moves can come too late"  # noqa: S101
+        return change
+
+    def _act(
+        self,
+        action: Action,
+        order: Order,
+        version: Version | None = None,
+        *,
+        freeze: bool = False,
+        move: tuple[str | int, ...] = _UNSIGNED,
+    ) -> Change | None:
+        """Run the script; None: the registry has changed since the move was signed."""
         model = self._model_id
         outcome, audit = self._scripts[action](
             keys=[
@@ -271,8 +334,11 @@ class Operator:
                 "" if version is None else version.key,
                 int(freeze),
                 FORMAT,
+                *move,
             ],
         )
+        if outcome == b"moved":
+            return None
         if outcome not in (b"changed", b"unchanged"):
             refusal = Refusal(outcome.decode())
             raise ActionRefusedError(refusal, _explain(refusal, model, version))
@@ -333,6 +399,8 @@ def _explain(refusal: Refusal, model: str, version: Version | None) -> str:
                 f"no version of model {model!r} is stored before the current one; freeze it, or name a version "
                 "(genco policy list)"
             )
+        case Refusal.MOVED:
+            return f"the pointer of model {model!r} moved {_TRIES} times meanwhile; first: genco policy freeze"
         case Refusal.NOT_OLDER:
             return (
                 f"version {version} of model {model!r} is newer than the current one; to go forward: genco policy "

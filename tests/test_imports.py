@@ -22,6 +22,7 @@ ALLOWED = {
         "streams.registry",
         "streams.control_log",
         "serving.policy",
+        "serving.golden",
     ),
     "serving": (
         "serving.*",
@@ -30,6 +31,7 @@ ALLOWED = {
         "streams.clients",
         "streams.registry",
         "streams.registry_actions",
+        "streams.registry_listing",
         "streams.control_log",
     ),
     # `genco bench` starts the benchmarks, which may themselves need the local services of genco.

@@ -120,7 +120,7 @@ def _update(
     last = number + size // EXAMPLES_PER_RECORD
     values = [traffic.record(each) for each in range(number, last)]
     with clock.part("decode"):
-        batch = _decode(values)
+        batch = decode(values)
     with clock.part("update"):
         report = learner.update(batch)
     if report.num_learned != size:
@@ -140,7 +140,8 @@ def _update(
     return last
 
 
-def _decode(values: Sequence[bytes]) -> ExampleBatch:
+def decode(values: Sequence[bytes]) -> ExampleBatch:
+    """Return the examples of records."""
     return ExampleBatch.concat([decode_examples(value) for value in values])
 
 
@@ -151,7 +152,7 @@ def _time_parts(traffic: Traffic, first_number: int, last_number: int, size: int
     step = size // EXAMPLES_PER_RECORD
     for first in range(0, last_number - step + 1, step):
         timed = clock if first >= first_number else Clock()
-        batch = _decode([traffic.record(number) for number in range(first, first + step)])
+        batch = decode([traffic.record(number) for number in range(first, first + step)])
         with timed.part("intake"):
             parsed = parser.parse(batch)
             rows, _ = intake.admit(batch, faults(batch, parsed))

@@ -1,8 +1,10 @@
 """Key names of the snapshot registry in Redis, shared by the learner that writes and the servers that read.
 
     blob:{model}:{epoch}:{version}      safetensors bytes, immutable
+    delta:{model}:{epoch}:{version}     what turns the blob served before into that one; expires within a minute
     manifest:{model}:{epoch}:{version}  signed JSON manifest of that blob, immutable
-    current:{model}                     hash: epoch, version, revision, sha256; moved by scripts only
+    current:{model}                     hash: epoch, version, revision, sha256; moved by scripts only; when an operator
+                                        moved it also rollback_of and signature, see `streams.contracts.moves`
     pin:{model}                         epoch:version; present: the pointer does not leave it by itself
     freeze:{model}                      present: the pointer does not move by itself
     lease:{model}, epoch:{model}        who may publish, and the fencing epoch; without an epoch the registry is empty
@@ -27,6 +29,8 @@ HISTORY_LENGTH: Final = 100
 minutes, too short to notice that something is wrong; so they get sparser with their age, and reach back most of a
 model's life."""
 AUDIT_LENGTH: Final = 1_000
+DELTA_TTL_S: Final = 60
+"""A server that has not come for a delta in this time has missed the next ones too, and needs the full snapshot."""
 CANDIDATE_TTL_S: Final = 7 * 86_400
 """A learner that was stopped on a Friday can still be understood on Monday."""
 _NAME: Final = re.compile(r"(\d{1,15})[.:](\d{1,15})")
@@ -122,6 +126,11 @@ def lease_key(model_id: str) -> str:
 def epoch_key(model_id: str) -> str:
     """Return the key of the fencing epoch counter."""
     return f"epoch:{model_id}"
+
+
+def delta_key(model_id: str, epoch: int, version: int) -> str:
+    """Return the key of what turns the weights that were served before into these."""
+    return f"delta:{model_id}:{epoch}:{version}"
 
 
 def history_key(model_id: str) -> str:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import Field, PrivateAttr, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from streams.contracts.secret_files import SecretFile
 
 PREFIX: Final = "GENCO_"
 EX_CONFIG: Final = 78
@@ -29,6 +31,38 @@ class _Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, frozen=True, extra="ignore", use_attribute_docstrings=True, env_ignore_empty=True
     )
+    _files: dict[str, Path] = PrivateAttr(default_factory=dict)
+
+    def keep_files(self, files: Mapping[str, Path]) -> None:
+        """Remember in which files secrets stood."""
+        self._files.update(files)
+
+    def file_of(self, name: str) -> SecretFile | None:
+        """Return the file in which a secret stands; None: it stood in the environment, and does not change."""
+        path = self._files.get(name)
+        return None if path is None else SecretFile(path)
+
+    def secret(self, name: str) -> str | None:
+        """Return a secret as it is now: its file is read anew.
+
+        Raises:
+            OSError: If the file cannot be read any more.
+        """
+        file, value = self.file_of(name), getattr(self, name)
+        if file is not None:
+            return file.read()
+        return None if value is None else str(value.get_secret_value())
+
+
+def _redis_url(value: SecretStr) -> SecretStr:
+    try:
+        parts = urlsplit(value.get_secret_value())
+        is_good = parts.scheme in ("redis", "rediss") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number
+        is_good = False
+    if not is_good:
+        raise ValueError("expected redis://[user:password@]host:port/db, or rediss:// for TLS")
+    return value
 
 
 class KafkaSettings(_Settings):
@@ -87,14 +121,7 @@ class RedisSettings(_Settings):
     @field_validator("redis_url")
     @classmethod
     def _redis_url(cls, value: SecretStr) -> SecretStr:
-        try:
-            parts = urlsplit(value.get_secret_value())
-            is_good = parts.scheme in ("redis", "rediss") and parts.hostname and parts.port != 0
-        except ValueError:  # a port that is no number
-            is_good = False
-        if not is_good:
-            raise ValueError("expected redis://[user:password@]host:port/db, or rediss:// for TLS")
-        return value
+        return _redis_url(value)
 
 
 class SigningSettings(_Settings):
@@ -208,6 +235,8 @@ class ServeSettings(KafkaSettings, RedisSettings, SigningSettings, WindowSetting
     """Port of the API; 0: any free one, printed at start."""
     api_tokens: SecretStr | None = None
     """Bearer tokens as scope:sha256hex, separated by commas; scopes decide, feedback, admin. Needed beyond loopback."""
+    operator_redis_url: SecretStr | None = None
+    """Redis as its user `operator`: with it, callers with the scope admin can pin, freeze and roll back over HTTP."""
     last_good_dir: Path = Path("data/last_good")
     """Where the last verified snapshot is kept for a start without Redis."""
     refresh_interval_ms: Annotated[int, Field(ge=50, le=600_000)] = 500
@@ -222,6 +251,11 @@ class ServeSettings(KafkaSettings, RedisSettings, SigningSettings, WindowSetting
     """At most so many events in one record."""
     uniform_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     """Fixed seed of the decisions, for tests; default: from the operating system."""
+
+    @field_validator("operator_redis_url")
+    @classmethod
+    def _operator_redis_url(cls, value: SecretStr | None) -> SecretStr | None:
+        return value if value is None else _redis_url(value)
 
     @model_validator(mode="after")
     def _routes(self) -> Self:
@@ -272,13 +306,15 @@ def load(settings: type[SettingsT], **overrides: Any) -> SettingsT:
     values: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
     if unknown := values.keys() - settings.model_fields.keys():
         raise TypeError(f"{settings.__name__} has no fields {sorted(unknown)}")
+    files: dict[str, Path] = {}
     for name in settings.model_fields:
         path = os.environ.get(f"{PREFIX}{name.upper()}_FILE")
         if path and _is_secret(settings, name) and name not in values:
+            files[name] = Path(path)
             try:
-                values[name] = Path(path).read_text("utf-8").strip()
-            except (OSError, UnicodeDecodeError) as error:
-                cause = error.strerror if isinstance(error, OSError) else "it is not text"
+                values[name] = SecretFile(files[name]).read()
+            except OSError as error:
+                cause = error.strerror or "it is not text"
                 faults.append(f"{PREFIX}{name.upper()}_FILE: cannot read {path} ({cause}); put the secret there")
     try:
         loaded = settings(**values)
@@ -291,6 +327,7 @@ def load(settings: type[SettingsT], **overrides: Any) -> SettingsT:
             faults.append(f"{PREFIX}{name.upper()}: {message}" if name else message)
     if faults:
         raise ConfigurationError("wrong settings: " + "; ".join(faults))
+    loaded.keep_files(files)
     return loaded
 
 
@@ -329,6 +366,11 @@ def document() -> str:
         "",
         "Environment variables. A secret may also be given as a file: the name with `_FILE` at its end. A wrong,",
         "missing or unknown one ends the process at its start with one line and exit code 78.",
+        "",
+        "When such a file changes, it is read again: the URL of Redis by every process with its next connection, the",
+        "password of Kafka by the server, which connects anew at once, the API tokens within a second (ones that",
+        "cannot be read leave those before, and are logged). A signing key, and the password of Kafka in joiner,",
+        "learner and archive, need a restart.",
         "",
         "| variable | default | read by | meaning |",
         "|---|---|---|---|",

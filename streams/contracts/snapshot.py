@@ -66,6 +66,21 @@ class GateVerdict(BaseModel):
     numbers: dict[str, float] = Field(default_factory=dict)
 
 
+class GoldenAnswer(BaseModel):
+    """A request, a creative, and what the policy says of it: whoever loads the snapshot must find the same."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+
+    product_id: str
+    context: dict[str, bool | int | float | str]
+    candidates: dict[str, tuple[str, ...]]
+    creative: dict[str, str]
+    expected_ctr: float = Field(gt=0.0, lt=1.0)
+    """Under the posterior mean."""
+    log_probability: float
+    """Of the generator, for the whole creative."""
+
+
 class SnapshotManifest(BaseModel):
     """What a snapshot is, where it comes from, and what proves it."""
 
@@ -93,6 +108,8 @@ class SnapshotManifest(BaseModel):
     and the one stored before had not; empty without any."""
     metrics: dict[str, float] = Field(default_factory=dict)
     gate: GateVerdict
+    golden: tuple[GoldenAnswer, ...] = ()
+    """Golden batch, see `serving.golden`; empty: the learner had seen no impression yet."""
     created_at_ms: int
     hmac: str = ""
     """HMAC-SHA256 (hex) over the canonical JSON of all other fields."""

@@ -102,9 +102,11 @@ def learn(client: redis.Redis) -> None:
 
 def serve(client: redis.Redis) -> None:
     """All that a server sends."""
-    fetched = SnapshotStore(client, MODEL, KEY).fetch_current(None)
-    assert fetched is not None
-    assert fetched.manifest.version == 3
+    store = SnapshotStore(client, MODEL, KEY)
+    sight = store.look()
+    assert (sight.pin, sight.frozen) == (None, False)
+    assert sight.pointer is not None
+    assert store.fetch(sight.pointer).manifest.version == 3
     with client.pubsub() as pubsub:
         pubsub.subscribe(f"published:{MODEL}")
         message = pubsub.get_message(timeout=5.0)
@@ -117,7 +119,7 @@ def serve(client: redis.Redis) -> None:
 def operate(client: redis.Redis) -> None:
     """All that `genco policy` sends."""
     registry = Registry(client, MODEL)
-    operator = Operator(registry, client, lambda record: None)
+    operator = Operator(registry, client, lambda record: None, signing_key=KEY)
     order = Order(who="ann", when_ms=NOW_MS)
     versions = registry.history()
     assert [version.number for version in versions] == [3, 2, 1]

@@ -93,7 +93,7 @@ def test_servers_follow_rollback_pin_and_their_end_and_a_pin_outlives_redis(
 ) -> None:
     learner = Publisher(client, MODEL, 60_000, Fence(), control=control)
     assert learner.acquire()
-    operator = Operator(Registry(client, MODEL), client, control.append)
+    operator = Operator(Registry(client, MODEL), client, control.append, signing_key=KEY)
 
     def order() -> Order:
         return Order(who="ann", when_ms=now_ms())

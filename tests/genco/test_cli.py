@@ -179,6 +179,17 @@ def test_check_with_everything_in_place_succeeds(broker: MockBroker, redis_serve
     assert result.returncode == 0, result.stdout + result.stderr
     assert "FAIL" not in result.stdout
     assert "4 partitions" in result.stdout
+    assert "model default: nothing published yet" in result.stdout
+
+
+def test_check_shows_what_is_current_pinned_and_frozen(broker: MockBroker, redis_server: RedisServer) -> None:
+    with redis.Redis.from_url(redis_server.url, socket_timeout=5.0) as client:
+        client.hset("current:shown", mapping={"epoch": 3, "version": 42, "revision": 7, "sha256": "0"})
+        client.set("pin:shown", "3:42")
+        client.set("freeze:shown", "1")
+    settings = broker.client_settings() | redis_server.client_settings()
+    result = genco("check", **settings, GENCO_SIGNING_KEY=KEY, GENCO_MODEL_ID="shown")
+    assert "model shown: current 3.42, revision 7, pinned to 3.42, frozen" in result.stdout
 
 
 def test_check_names_what_is_wrong(broker: MockBroker) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from learner.gate import GateSettings, Validation, judge, norms
+from learner.value_watch import ValueWatch
 
 GOOD = Validation(num_examples=5_000, num_clicks=200, expected_clicks=210, log_loss=5_000 * 0.16)
 PROBED = {"entropy": 1.0, "min_propensity": 1e-5, "logged_ctr": 0.05, "snips": 0.05, "snips_se": 0.002}
@@ -13,6 +14,15 @@ PROBED = {"entropy": 1.0, "min_propensity": 1e-5, "logged_ctr": 0.05, "snips": 0
 
 def tensors(value: float = 0.1) -> dict[str, Any]:
     return {"mean.content": np.full((2, 3), value, np.float32), "generator.slot": np.ones((2, 2), np.float32)}
+
+
+def lossy_watch() -> ValueWatch:
+    """Policies that never show what is clicked."""
+    watch = ValueWatch(0.7, 200.0)
+    is_shown = np.arange(3_000) % 2 == 1
+    for _ in range(2):
+        watch.add(np.where(is_shown, 1.9, 0.1), (np.arange(3_000) % 10 == 0).astype(float))
+    return watch
 
 
 def test_sound_version_is_accepted_with_its_numbers() -> None:
@@ -35,7 +45,8 @@ def test_first_version_without_data_is_accepted() -> None:
         ({"tensors": tensors(100.0)}, "times as much"),
         ({"validation": GOOD + Validation(num_clicks=300)}, "expected / observed"),
         ({"validation": GOOD + Validation(log_loss=500.0)}, "normalized entropy"),
-        ({"probed": PROBED | {"snips": 0.02, "snips_effective_size": 500.0}}, "estimated click rate"),
+        ({"golden_shift": 1.6}, "golden batch moved by a factor of 4.95"),
+        ({"watch": lossy_watch()}, "estimated click rate is at most"),
         ({"probed": PROBED | {"min_propensity": float("nan")}}, "smallest propensity"),
     ],
 )
@@ -46,7 +57,9 @@ def test_unsound_version_is_refused_with_a_reason(changes: dict[str, Any], reaso
     assert reason in verdict.reasons[0]
 
 
-def test_few_examples_and_small_effective_sizes_are_not_judged() -> None:
+def test_few_examples_are_not_judged() -> None:
     odd = Validation(num_examples=100, num_clicks=60, expected_clicks=1, log_loss=900.0)
-    probed = PROBED | {"snips": 0.001, "snips_effective_size": 20.0}
-    assert judge(tensors(), before=None, validation=odd, probed=probed, settings=GateSettings()).accepted
+    settings = GateSettings()
+    assert judge(
+        tensors(), before=None, validation=odd, probed=PROBED, golden_shift=5.0, watch=None, settings=settings
+    ).accepted

@@ -59,7 +59,8 @@ def publisher(client: redis.Redis, model: str) -> Publisher:
 
 def current(client: redis.Redis, model: str) -> dict[str, Any]:
     raw: Any = client.hgetall(current_key(model))
-    return {name.decode(): int(v) if name != b"sha256" else v.decode() for name, v in raw.items()}
+    numbers = {b"epoch", b"version", b"revision"}
+    return {name.decode(): int(v) if name in numbers else v.decode() for name, v in raw.items() if v}
 
 
 def stored(client: redis.Redis, model: str) -> set[str]:

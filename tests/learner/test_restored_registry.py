@@ -15,7 +15,7 @@ from streams.contracts.registry import Version
 from streams.registry import Registry
 from streams.registry_actions import Operator, Order
 from tests.learner.test_publisher import LEASE_MS, current
-from tests.snapshots import snapshot
+from tests.snapshots import KEY, snapshot
 
 NOW_MS = 1_764_000_000_000
 
@@ -64,7 +64,7 @@ def controlled(client: redis.Redis, model: str, topic: Topic, fence: Fence | Non
 def act(
     client: redis.Redis, model: str, topic: Topic, action: Action, *version: Version, when_ms: int = NOW_MS
 ) -> None:
-    operator = Operator(Registry(client, model), client, topic.append)
+    operator = Operator(Registry(client, model), client, topic.append, signing_key=KEY)
     getattr(operator, action.value)(*version, Order(who="ann", when_ms=when_ms))
 
 

@@ -31,7 +31,8 @@ from serving.metrics import ServingMetrics
 from serving.policy_holder import PolicyHolder
 from serving.refresher import Refresher
 from serving.snapshot_store import LastGood, SnapshotStore
-from streams.contracts.registry import blob_key, current_key, manifest_key, published_channel
+from streams.contracts.moves import Move, sign_move
+from streams.contracts.registry import Version, blob_key, current_key, manifest_key, published_channel
 from streams.contracts.snapshot import GateVerdict, SnapshotManifest, sign
 
 KEY = b"k" * 32
@@ -90,12 +91,22 @@ def redis_db(redis_server: RedisServer) -> Iterator[redis.Redis]:
     client.close()
 
 
-def publish(client: redis.Redis, manifest: SnapshotManifest, blob: bytes, revision: int) -> None:
-    """What the learner does, without its script."""
+def publish(
+    client: redis.Redis, manifest: SnapshotManifest, blob: bytes, revision: int, rollback_of: str = "", key: bytes = KEY
+) -> None:
+    """What the learner does, or, with what it goes back from, an operator who has the key; without their scripts."""
     where = manifest.model_id, manifest.epoch, manifest.version
     client.set(blob_key(*where), blob)
     client.set(manifest_key(*where), manifest.model_dump_json())
-    pointer = {"epoch": where[1], "version": where[2], "revision": revision, "sha256": manifest.sha256}
+    move = Move(where[0], Version(*where[1:]), manifest.sha256, revision, rollback_of)
+    pointer = {
+        "epoch": where[1],
+        "version": where[2],
+        "revision": revision,
+        "sha256": manifest.sha256,
+        "rollback_of": rollback_of,
+        "signature": sign_move(move, key) if rollback_of else "",
+    }
     client.hset(current_key(manifest.model_id), mapping=pointer)
     client.publish(published_channel(manifest.model_id), str(revision))
 

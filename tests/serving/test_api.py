@@ -16,6 +16,8 @@ from serving.decisions import MAX_CALL_CANDIDATES
 from serving.feedback import TOKEN_LIFETIME_MS, make_token, read_token
 from serving.limits import BodyLimit
 from serving.policy_holder import Loaded
+from serving.refresher import Seen
+from serving.snapshot_store import Pointer, Sight
 from streams.contracts.catalog import Element, Product
 from streams.contracts.decision_ids import issued_at_ms, make_decision_id, route_of, verify_decision_id
 from streams.contracts.events import Click, Impression, impression_fault
@@ -443,6 +445,18 @@ def test_policy_tells_what_serves_without_the_signature(api: Any, make_snapshot:
     ]
     assert answer["counters"]["decisions"] == {"policy": 1, "last_good": 0, "uniform": 0}
     assert answer["counters"]["events"]["impressions"] == {"accepted": 1, "acknowledged": 0, "dropped": {}}
+
+
+def test_policy_tells_what_the_registry_showed_last(api: Any) -> None:
+    assert api.get("/v1/policy").json()["registry"] is None
+    api.state.refresher.seen = Seen(Sight(Pointer(3, 42, 7, "0"), "3.40", True), NOW_MS)
+    assert api.get("/v1/policy").json()["registry"] == {
+        "current": "3.42",
+        "revision": 7,
+        "pin": "3.40",
+        "frozen": True,
+        "read_at_ms": NOW_MS,
+    }
 
 
 @pytest.mark.parametrize("swaps", ["-1", "501", "x", "1e2", "", "٣"])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from serving.api import ROUTES, Route
 from serving.auth import SCOPES, Authenticator, AuthError, is_loopback, require_tokens_beyond_loopback
+from streams.contracts.secret_files import SecretFile
 from streams.contracts.settings import ConfigurationError
 
 
@@ -101,3 +103,35 @@ def test_route_asks_for_its_scope(make_api: Callable[..., Any], route: Route) ->
             assert status not in (401, 403)
         else:
             assert status == (401 if scope is None else 403)
+
+
+def test_tokens_of_a_file_change_without_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.auth._LOOK_AGAIN_S", 0.0)
+    path = tmp_path / "tokens"
+    path.write_text(f"decide:{_digest('old')}")
+    authenticator = Authenticator(path.read_text(), SecretFile(path))
+    authenticator.check("Bearer old", "decide")
+    path.write_text(f"decide:{_digest('old')},decide:{_digest('new')}")
+    for token in ("old", "new"):
+        authenticator.check(f"Bearer {token}", "decide")
+    path.write_text(f"decide:{_digest('new')}")
+    with pytest.raises(AuthError):
+        authenticator.check("Bearer old", "decide")
+    authenticator.check("Bearer new", "decide")
+
+
+@pytest.mark.parametrize("text", ["", "what is no token", None])
+def test_tokens_that_cannot_be_read_leave_those_before_and_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, text: str | None
+) -> None:
+    monkeypatch.setattr("serving.auth._LOOK_AGAIN_S", 0.0)
+    path = tmp_path / "tokens"
+    path.write_text(TOKENS)
+    authenticator = Authenticator(TOKENS, SecretFile(path))
+    path.unlink() if text is None else path.write_text(text)
+    for _ in range(3):
+        authenticator.check("Bearer ads", "decide")
+        with pytest.raises(AuthError):
+            authenticator.check(None, "decide")
+    assert len(caplog.records) == (text is not None)
+    assert "no token" not in caplog.text

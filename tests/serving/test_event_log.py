@@ -354,3 +354,23 @@ def test_every_event_has_one_fate_under_concurrent_load(
     assert len({e.decision_id for e in sent}) == len(sent)
     assert len(sent) + dropped == 4000
     assert totals(metrics.events_acknowledged)[("impressions",)] == len(sent)
+
+
+def test_changed_credentials_make_another_producer_and_lose_nothing(make_event_log: MakeLog, producer: Any) -> None:
+    state = {"stale": False, "made": 0}
+
+    def connect() -> Any:
+        state["stale"] = False
+        state["made"] += 1
+        return producer
+
+    log = make_event_log(connect=connect, is_stale=lambda: state["stale"])
+    log.start()
+    log.offer_impression(impression(number=1))
+    assert log.flush(5.0) == 0
+    state["stale"] = True
+    wait_until(lambda: state["made"] == 2)
+    log.offer_impression(impression(number=2))
+    assert log.flush(5.0) == 0
+    assert len(producer.sent) == 2
+    assert producer.closed

@@ -20,6 +20,7 @@ from tests.server_process import NOWHERE, environment, server
 schemathesis = pytest.importorskip("schemathesis")
 TOKEN = "token-of-everybody"
 REDIS_PASSWORD = "password-of-redis"
+OPERATOR_PASSWORD = "password-of-the-operator"
 SIGNING_KEY = "signing-key-" * 3
 FORGERY = 'x\n{"level": "ERROR", "message": "forged"}\r\x1b[31m%s'
 
@@ -32,6 +33,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
     secrets = {
         "GENCO_API_TOKENS": ",".join(f"{scope}:{digest}" for scope in ("decide", "feedback", "admin")),
         "GENCO_REDIS_URL": f"redis://server:{REDIS_PASSWORD}@127.0.0.1:1/0",
+        "GENCO_OPERATOR_REDIS_URL": f"redis://operator:{OPERATOR_PASSWORD}@127.0.0.1:1/0",
         "GENCO_SIGNING_KEY": SIGNING_KEY,
     }
     log = directory / "log"
@@ -81,6 +83,7 @@ def test_log_is_json_that_nobody_forges_and_no_secret_is_told(served: tuple[str,
         bodies = {"/v1/clicks": {"decision_id": FORGERY}, "/v1/decide": {"product_id": FORGERY, FORGERY: 1}}
         answers = [client.post(path, json=body) for path, body in bodies.items()]
         answers += [client.get(path) for path in ("/readyz", "/v1/policy", "/metrics", "/openapi.json", "/config", "/")]
+        answers += [client.get("/v1/registry"), client.post("/v1/registry/freeze", json={"reason": FORGERY})]
         answers.append(client.get("/v1/policy", headers={"Authorization": f"Bearer {SIGNING_KEY}"}))
     host, _, port = url.removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port))) as raw:
@@ -91,6 +94,6 @@ def test_log_is_json_that_nobody_forges_and_no_secret_is_told(served: tuple[str,
     assert "Invalid HTTP request received." in [line["message"] for line in lines]
     assert "Redis cannot be read; the policy in memory goes on serving" in [line["message"] for line in lines]
     assert "forged" not in [line["message"] for line in lines]
-    for secret in (TOKEN, REDIS_PASSWORD, SIGNING_KEY):
+    for secret in (TOKEN, REDIS_PASSWORD, OPERATOR_PASSWORD, SIGNING_KEY):
         assert secret not in text
         assert not [answer.url for answer in answers if secret in answer.text]

@@ -19,8 +19,8 @@ from serving.metrics import ServingMetrics, totals
 from serving.policy import DecisionRequest, Policy
 from serving.policy_holder import PolicyHolder
 from serving.refresher import Refresher, described_elements
-from serving.snapshot_store import Fetched, LastGood, SnapshotStore
-from streams.contracts.registry import blob_key, current_key, manifest_key
+from serving.snapshot_store import Fetched, LastGood, Sight, SnapshotStore
+from streams.contracts.registry import blob_key, current_key, freeze_key, manifest_key, pin_key
 from streams.contracts.snapshot import GateVerdict, SnapshotError
 from tests.snapshots import real_blob
 
@@ -157,6 +157,31 @@ def test_manifest_of_another_key_is_refused(redis_db: redis.Redis, make_snapshot
     assert caught.value.reason == "hmac"
 
 
+def test_one_look_shows_pointer_pin_and_freeze(
+    store: SnapshotStore, redis_db: redis.Redis, make_snapshot: Make, publish: Make
+) -> None:
+    assert store.look() == Sight(None, None, False)
+    publish(redis_db, *make_snapshot(3), revision=7)
+    redis_db.set(pin_key("default"), "1:3")
+    redis_db.set(freeze_key("default"), "1")
+    assert store.look() == Sight(store.pointer(), "1.3", True)
+    redis_db.set(pin_key("default"), b"\xff")
+    assert store.look().pin == "unreadable"
+
+
+def test_pin_and_freeze_that_may_not_be_read_are_unknown(
+    redis_server: RedisServer, redis_db: redis.Redis, make_snapshot: Make, publish: Make
+) -> None:
+    publish(redis_db, *make_snapshot(3), revision=7)
+    redis_db.acl_setuser("old", enabled=True, reset=True, passwords=["+secret"], keys=["current:*"], commands=["+@all"])
+    place = redis_server.url.rpartition("@")[2].removeprefix("redis://")
+    with redis.Redis.from_url(f"redis://old:secret@{place}", socket_timeout=2.0) as client:
+        sight = SnapshotStore(client, "default", KEY).look()
+    redis_db.acl_deluser("old")
+    assert sight.pointer is not None
+    assert (sight.pin, sight.frozen) == (None, None)
+
+
 # -- the disk --------------------------------------------------------------------------------------
 
 
@@ -238,11 +263,81 @@ def test_rollback_serves_the_older_version_and_says_nothing_about_freshness(
     refresher, holder = make_refresher(redis_db)
     publish(redis_db, *make_snapshot(2), revision=1)
     refresher.refresh()
-    publish(redis_db, *make_snapshot(1), revision=2)
+    publish(redis_db, *make_snapshot(1), revision=2, rollback_of="1:2")
     assert refresher.refresh()
     assert holder.current.policy.blob == b"weights of 1"
     samples = {s.name: s.value for s in next(iter(metrics.freshness.collect())).samples if not s.labels}
     assert samples["genco_freshness_seconds_count"] == 2
+
+
+WAYS_BACK: dict[str, dict[str, Any]] = {
+    "unsigned": {"rollback_of": ""},
+    "another key": {"rollback_of": "1:5", "key": b"x" * 32},
+}
+
+
+@pytest.mark.parametrize("way", WAYS_BACK)
+def test_way_back_that_no_operator_signed_is_refused(
+    redis_db: redis.Redis, make_refresher: Make, make_snapshot: Make, publish: Make, metrics: ServingMetrics, way: str
+) -> None:
+    """F36: a genuine old snapshot under a new revision."""
+    refresher, holder = make_refresher(redis_db)
+    publish(redis_db, *make_snapshot(5), revision=1)
+    refresher.refresh()
+    publish(redis_db, *make_snapshot(4), revision=2, **WAYS_BACK[way])
+    assert not refresher.refresh()
+    assert holder.current.policy.blob == b"weights of 5"
+    assert totals(metrics.model_rejected) == {("rollback",): 1}
+    assert "no operator has signed" in (refresher.fault or "")
+    publish(redis_db, *make_snapshot(6), revision=3)
+    assert refresher.refresh()
+
+
+@pytest.mark.parametrize("field", ["revision", "epoch", "version", "sha256", "rollback_of", "signature"])
+def test_signed_move_with_another_field_is_refused(
+    redis_db: redis.Redis, make_refresher: Make, make_snapshot: Make, publish: Make, field: str
+) -> None:
+    refresher, holder = make_refresher(redis_db)
+    publish(redis_db, *make_snapshot(5), revision=1)
+    refresher.refresh()
+    publish(redis_db, *make_snapshot(3), revision=2)
+    publish(redis_db, *make_snapshot(4), revision=2, rollback_of="1:5")
+    other = {"revision": 3, "epoch": 0, "version": 3, "sha256": "0" * 64, "rollback_of": "1:6", "signature": "\u00e9"}
+    redis_db.hset(current_key("default"), field, other[field])
+    assert not refresher.refresh()
+    assert holder.current.policy.blob == b"weights of 5"
+
+
+def test_replayed_moves_and_pointers_are_refused(
+    redis_db: redis.Redis, make_refresher: Make, make_snapshot: Make, publish: Make
+) -> None:
+    """F36: whatever the pointer once was, writing it down again leads nobody back."""
+    refresher, holder = make_refresher(redis_db)
+    seen = []
+    for revision, version, origin in ((1, 4, ""), (2, 5, ""), (3, 4, "1:5"), (4, 6, "")):
+        publish(redis_db, *make_snapshot(version), revision=revision, rollback_of=origin)
+        assert refresher.refresh()
+        seen.append(redis_db.hgetall(current_key("default")))
+    for old in seen[:3]:
+        redis_db.hset(current_key("default"), mapping=old)
+        assert not refresher.refresh()
+    redis_db.hset(current_key("default"), mapping=seen[2] | {b"revision": 9})
+    assert not refresher.refresh()
+    assert holder.current.policy.blob == b"weights of 6"
+
+
+def test_what_an_operator_went_back_from_does_not_return_unsigned(
+    redis_db: redis.Redis, make_refresher: Make, make_snapshot: Make, publish: Make
+) -> None:
+    refresher, holder = make_refresher(redis_db)
+    publish(redis_db, *make_snapshot(5), revision=1)  # never seen by this server
+    publish(redis_db, *make_snapshot(3), revision=2, rollback_of="1:5")
+    assert refresher.refresh()
+    publish(redis_db, *make_snapshot(5), revision=3)
+    assert not refresher.refresh()
+    assert holder.current.policy.blob == b"weights of 3"
+    publish(redis_db, *make_snapshot(5), revision=4, rollback_of="1:3")
+    assert refresher.refresh()
 
 
 def test_flushed_or_older_redis_never_moves_the_server_back(

@@ -1,6 +1,7 @@
 """What operators do, by the scripts in a real Redis, while a learner publishes."""
 
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +12,8 @@ import redis
 from genco.services import RedisServer
 from learner.publisher import Fence, Outcome, Publisher
 from streams.clients import UnreachableError
-from streams.contracts.control import Action, ControlRecord, RegistryState
+from streams.contracts.control import LEAST_MS_BETWEEN_MOVES, Action, ControlRecord, RegistryState
+from streams.contracts.moves import Move, is_signed
 from streams.contracts.registry import (
     AUDIT_LENGTH,
     Version,
@@ -26,7 +28,7 @@ from streams.contracts.registry import (
 )
 from streams.registry import Registry
 from streams.registry_actions import ActionRefusedError, NotRecordedError, Operator, Order, Refusal
-from tests.snapshots import snapshot
+from tests.snapshots import KEY, snapshot
 
 ORDER = Order(who="ann@host", when_ms=5, reason="drill")
 
@@ -52,7 +54,7 @@ class Scene:
         self.publisher = Publisher(client, self.model, 60_000, Fence())
         self.registry = Registry(client, self.model)
         self.records: list[ControlRecord] = []
-        self.operator = Operator(self.registry, client, self.records.append)
+        self.operator = Operator(self.registry, client, self.records.append, signing_key=KEY)
 
     def learn(self, *versions: int, epoch: int = 1) -> list[Outcome]:
         if not self.publisher.holds_lease:
@@ -78,6 +80,58 @@ class Scene:
 @pytest.fixture
 def scene(client: redis.Redis) -> Scene:
     return Scene(client)
+
+
+# -- signed moves ------------------------------------------------------------------------------------------------------
+
+
+def test_moves_of_an_operator_are_signed_and_a_publication_is_not(scene: Scene) -> None:
+    scene.learn(1, 2, 3)
+    for act, to, origin in (
+        (lambda: scene.operator.rollback(None, ORDER, freeze=False), Version(1, 2), "1:3"),
+        (lambda: scene.operator.pin(Version(1, 3), ORDER), Version(1, 3), "1:2"),
+    ):
+        revision = act().after.revision
+        written = pointer_of(scene)
+        sha256 = snapshot(scene.model, *to).manifest.sha256
+        assert written["rollback_of"] == origin
+        assert is_signed(Move(scene.model, to, sha256, revision, origin), written["signature"], KEY)
+    scene.operator.unpin(ORDER)
+    scene.learn(4)
+    assert (pointer_of(scene)["rollback_of"], pointer_of(scene)["signature"]) == ("", "")
+
+
+def pointer_of(scene: Scene) -> dict[str, str]:
+    raw: Any = scene.client.hgetall(current_key(scene.model))
+    return {name.decode(): value.decode() for name, value in raw.items()}
+
+
+@pytest.mark.parametrize(("key", "cause"), [(None, "set GENCO_SIGNING_KEY"), (b"x" * 32, "not the key that signed")])
+def test_without_the_learners_key_the_pointer_is_not_moved(scene: Scene, key: bytes | None, cause: str) -> None:
+    scene.learn(1, 2)
+    operator = Operator(scene.registry, scene.client, scene.records.append, signing_key=key)
+    for act in (lambda: operator.rollback(None, ORDER), lambda: operator.pin(Version(1, 1), ORDER)):
+        with pytest.raises(ValueError, match=cause):
+            act()
+    assert scene.current == ("1.2", 2)
+    assert operator.freeze(ORDER).after.frozen, "to hold the pointer needs no key"
+
+
+def test_move_signed_for_a_registry_that_has_changed_is_signed_again(scene: Scene) -> None:
+    scene.learn(1, 2, 3)
+    signed = scene.operator._signed
+    times = iter(range(3))
+
+    def sign_and_be_late(version: Version | None) -> tuple[str | int, ...]:
+        move = signed(version)
+        if (time := next(times)) < 2:
+            scene.learn(4 + time)
+        return move
+
+    scene.operator._signed = sign_and_be_late  # type: ignore[method-assign]
+    change = scene.operator.rollback(None, ORDER)
+    assert (change.before.current, change.after.current) == (Version(1, 5), Version(1, 4))
+    assert next(times, None) is None
 
 
 # -- pin ---------------------------------------------------------------------------------------------------------------
@@ -302,7 +356,7 @@ def test_action_that_kafka_does_not_take_holds_and_says_so(scene: Scene) -> None
         raise UnreachableError("no Kafka broker answers")
 
     scene.learn(1, 2)
-    operator = Operator(scene.registry, scene.client, no_kafka)
+    operator = Operator(scene.registry, scene.client, no_kafka, signing_key=KEY)
     with pytest.raises(NotRecordedError, match=r"could not be written to the topic control \(no Kafka") as caught:
         operator.freeze(ORDER)
     assert caught.value.change.after.frozen
@@ -362,13 +416,13 @@ def test_publication_between_looking_and_acting_is_seen_by_the_action(scene: Sce
 
 
 def test_nothing_moves_the_pointer_between_a_hold_and_its_end(scene: Scene, server: RedisServer) -> None:
-    """A learner publishes without a pause while operators pin, roll back and freeze."""
+    """A learner publishes as often as it ever may while operators pin, roll back and freeze."""
     scene.learn(1)
     stop, published, failures = threading.Event(), [1], []
 
     def learn() -> None:
         try:
-            while not stop.is_set():
+            while not stop.wait(LEAST_MS_BETWEEN_MOVES / 1000):
                 published.append(published[-1] + 1)
                 (outcome,) = scene.learn(published[-1])
                 assert outcome.is_stored
@@ -377,7 +431,7 @@ def test_nothing_moves_the_pointer_between_a_hold_and_its_end(scene: Scene, serv
 
     thread = threading.Thread(target=learn)
     with redis.Redis.from_url(server.url, socket_timeout=5.0) as second:
-        operator = Operator(Registry(second, scene.model), second, scene.records.append)
+        operator = Operator(Registry(second, scene.model), second, scene.records.append, signing_key=KEY)
         thread.start()
         states: list[tuple[RegistryState, RegistryState]] = []
 
@@ -385,6 +439,7 @@ def test_nothing_moves_the_pointer_between_a_hold_and_its_end(scene: Scene, serv
             until = published[-1] + number
             while published[-1] < until:
                 assert not failures
+                time.sleep(0.001)
 
         for turn in range(16):
             await_publications(2)
