@@ -210,6 +210,8 @@ class JoinRate:
             self.outage = self._outage(number, self._missing_among_old(self._run.first, number))
 
     def _watch_recovery(self, outage: Outage, number: int, expected: float, observed: int, num_shown: int) -> None:
+        if number < self._run.first:
+            return  # of the time before it, read again by a new owner
         self._run.add(expected, observed, num_shown)
         self.outage = self._outage(number, outage.false_negatives)
         gain = observed * math.log(1.0 / self.ratio) - (1.0 - self.ratio) * expected

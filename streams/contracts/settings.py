@@ -76,13 +76,18 @@ class KafkaSettings(_Settings):
         return self
 
 
-class RedisSettings(_Settings):
+class ModelSettings(_Settings):
+    """Which model this is about."""
+
+    model_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = "default"
+    """Which model is learned and served; one registry can hold several."""
+
+
+class RedisSettings(ModelSettings):
     """How every Redis client connects."""
 
     redis_url: SecretStr
     """redis://[user:password@]host:port/db, rediss:// for TLS. A secret, as it may hold a password."""
-    model_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = "default"
-    """Which model is learned and served; one registry can hold several."""
 
     @field_validator("redis_url")
     @classmethod
@@ -137,7 +142,7 @@ class WindowSettings(_Settings):
         return self
 
 
-class JoinSettings(KafkaSettings, WindowSettings, MetricsSettings):
+class JoinSettings(KafkaSettings, ModelSettings, WindowSettings, MetricsSettings):
     """Settings of `genco join`."""
 
     joiner_group: str = "genco-joiner"
@@ -160,6 +165,13 @@ class JoinSettings(KafkaSettings, WindowSettings, MetricsSettings):
     dead_letter_max_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
     """When more than this share of a topic's newest 500 to 1,000 events is bad, the joiner stops reading: it is another
     schema, not a bad line. 1: never."""
+    join_drop_ratio: Annotated[float, Field(ge=0.0, le=0.9)] = 0.4
+    """When fewer than this share of the expected clicks meet their impressions, click delivery is taken for broken:
+    the watermark is held. Higher, a smaller drop is found, and a change of the world is sooner taken for one. 0: never.
+    Not watched with GENCO_IDLE_TIMEOUT_MS=0."""
+    join_hold_max_ms: Annotated[int, Field(ge=1_000, le=7 * 86_400_000)] = 600_000
+    """A watermark is held this long; then impressions leave as unknown, which nobody learns, until clicks come again or
+    `genco policy accept-clicks`. Meanwhile memory must fit what is shown, or less is read."""
     stall_timeout_ms: Annotated[int, Field(ge=10_000, le=3_600_000)] = 60_000
     """A joiner that makes no progress for so long ends itself, to be started anew."""
 

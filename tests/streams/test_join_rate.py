@@ -1,4 +1,4 @@
-"""The test on the click rate, against traffic whose every click is known: how soon, how often by chance, at what loss."""
+"""The test on the click rate, against traffic whose every click is known: how soon, how often, what is lost."""
 
 import math
 from collections import defaultdict

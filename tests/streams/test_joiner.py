@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -41,6 +41,8 @@ class Consumer:
     """Offsets without a record: where they begin and end."""
     held: set[TP] = field(default_factory=set)
     commits: list[dict[TP, int]] = field(default_factory=list)
+    notes: dict[TP, str] = field(default_factory=dict)
+    """Beside the committed offsets."""
     takes_commits: bool = True
     is_member: bool = True
     during_commit: Callable[[], None] | None = None
@@ -67,12 +69,16 @@ class Consumer:
     def has_lost_its_group(self) -> bool:
         return not self.is_member
 
-    async def commit_positions(self, offsets: Mapping[TP, int]) -> bool:
+    async def commit_positions(self, offsets: Mapping[TP, int], notes: Mapping[TP, str] | None = None) -> bool:
         if self.during_commit is not None:
             self.during_commit()
         if self.takes_commits:
             self.commits.append(dict(offsets))
+            self.notes |= {place: (notes or {}).get(place, "") for place in offsets}
         return self.takes_commits
+
+    async def committed_notes(self, places: Set[TP]) -> dict[TP, str]:
+        return {place: self.notes[place] for place in places if place in self.notes}
 
 
 @dataclass
@@ -84,7 +90,9 @@ class Producer:
     waiting: list[asyncio.Future[None]] = field(default_factory=list)
     during_send: Callable[[], None] | None = None
 
-    async def send(self, topic: str, value: bytes, *, partition: int, headers: Any = None) -> Awaitable[None]:
+    async def send(
+        self, topic: str, value: bytes, *, partition: int, headers: Any = None, key: bytes | None = None
+    ) -> Awaitable[None]:
         self.sent.append((topic, partition, value, headers))
         if self.during_send is not None:
             self.during_send()
