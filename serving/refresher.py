@@ -101,6 +101,7 @@ class Refresher:
         self._retry_at = 0.0
         self._older: tuple[int | None, int] | None = None
         self._outage: str | None = None
+        self._exploration = 1.0
         self.fault: str | None = "Redis was not asked yet"
         """Why the registry could not be read last time, or None."""
 
@@ -130,12 +131,14 @@ class Refresher:
         """Ask Redis once; return whether a newer snapshot serves now."""
         try:
             pointer = self._store.pointer()
+            self._exploration = self._store.exploration()
         except redis.RedisError as error:
             self._note_outage(error)
             return False
         except SnapshotError as error:
             self._reject(error, None)
             return False
+        self._explore()
         current = self._holder.current
         if pointer is None or pointer.revision < current.revision:
             self._note_older(None if pointer is None else pointer.revision)
@@ -146,6 +149,13 @@ class Refresher:
                 self._holder.confirm()
             return False
         return self._load(pointer)
+
+    def _explore(self) -> None:
+        """Let the policy that serves explore as much as it is told to."""
+        policy, share = self._holder.current.policy, self._exploration
+        if isinstance(policy, Policy) and self._holder.current.exploration != share:
+            self._holder.explore(policy.exploring(share), share)
+            logger.warning("another share of the traffic explores", extra={"share": share})
 
     def _load(self, pointer: Pointer) -> bool:
         if self._refused is not None and self._refused[0] == pointer and time.monotonic() < self._retry_at:
@@ -168,8 +178,10 @@ class Refresher:
 
     def _swap(self, fetched: Fetched, rung: Source) -> None:
         manifest = fetched.manifest
-        policy = self._build(fetched.blob, manifest)
-        loaded = Loaded(policy, rung, manifest, fetched.revision, self._describe(fetched.blob))
+        policy, share = self._build(fetched.blob, manifest), 1.0
+        if isinstance(policy, Policy) and self._exploration != 1.0:
+            policy, share = policy.exploring(self._exploration), self._exploration
+        loaded = Loaded(policy, rung, manifest, fetched.revision, share, self._describe(fetched.blob))
         before = self._holder.current.manifest
         swapped_at_ms = self._now_ms()
         self._holder.swap(loaded, swapped_at_ms)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, cast
 
@@ -30,8 +30,8 @@ from streams.contracts.settings import JoinSettings
 from streams.contracts.topics import ALERTS, CLICKS, DEAD_LETTERS, EXAMPLES, IMPRESSIONS
 from streams.event_clock import JOIN_TOPICS, JoinTopic
 from streams.impressions import CandidatesShelf
-from streams.join_alerts import alert_of
-from streams.join_guard import JoinGuard, Notice
+from streams.join_alerts import Desk, alert_of
+from streams.join_guard import JoinGuard
 from streams.join_hold import Hold
 from streams.joiner_report import JoinerReport
 from streams.reading_plan import Reading, places_to_hold
@@ -59,6 +59,7 @@ class Joiner:
         self._shelf = CandidatesShelf()
         self._decoder = RecordDecoder(settings)
         self._report = JoinerReport(settings.join_memory_mb)
+        self._desk = Desk(settings)
         self._breakers = {topic: Breaker(settings.dead_letter_max_share) for topic in JOIN_TOPICS}
         self._generation = 0
         self._reset_state()
@@ -159,6 +160,7 @@ class Joiner:
     async def stop(self) -> None:
         """Close the producer."""
         self._encoder.shutdown(wait=False, cancel_futures=True)
+        self._desk.close()
         if self._producer is not None:
             await self._producer.stop()
 
@@ -309,14 +311,14 @@ class Joiner:
         clocks_ms = {p: joiner.read_clock(read_until_ms[p]) for p, joiner in self._partitions.items()}
         decided_ms = {p: joiner.watermark_ms for p, joiner in self._partitions.items()}
         notices = guard.step(clocks_ms, decided_ms, now_ms())
+        if guard.has_hold:
+            notices += guard.accept(self._desk.accepted_ms())
         self._report.guard(guard)
-        if notices:
-            await self._tell(notices, len(guard.own) + 1)
-
-    async def _tell(self, notices: Sequence[Notice], num_watches: int) -> None:
         for notice in notices:
-            alert = alert_of(notice, self._settings, num_watches, now_ms())
+            alert = alert_of(notice, self._settings, len(guard.own) + 1, now_ms())
             self._report.alert(alert)
+            self._desk.take(alert)
+        for alert in self._desk.answered():
             if self._producer is None:
                 raise RuntimeError("the joiner writes before it was started")
             # Not waited for: it is told again, and nothing else may wait for it.

@@ -87,19 +87,35 @@ class RedisSettings(ModelSettings):
     """How every Redis client connects."""
 
     redis_url: SecretStr
-    """redis://[user:password@]host:port/db, rediss:// for TLS. A secret, as it may hold a password."""
+    """redis://[user:password@]host:port/db, rediss:// for TLS. A secret, as it may hold a password. The joiner needs
+    none, and carries out GENCO_ALERT_ACTIONS with it."""
 
     @field_validator("redis_url")
     @classmethod
     def _redis_url(cls, value: SecretStr) -> SecretStr:
-        try:
-            parts = urlsplit(value.get_secret_value())
-            is_good = parts.scheme in ("redis", "rediss") and parts.hostname and parts.port != 0
-        except ValueError:  # a port that is no number
-            is_good = False
-        if not is_good:
-            raise ValueError("expected redis://[user:password@]host:port/db, or rediss:// for TLS")
-        return value
+        return _checked_redis_url(value)
+
+
+def _checked_redis_url(value: SecretStr) -> SecretStr:
+    try:
+        parts = urlsplit(value.get_secret_value())
+        is_good = parts.scheme in ("redis", "rediss") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number
+        is_good = False
+    if not is_good:
+        raise ValueError("expected redis://[user:password@]host:port/db, or rediss:// for TLS")
+    return value
+
+
+class ActionSettings(_Settings):
+    """What is done by itself when an alert fires."""
+
+    alert_actions: str = "JoinRateDrop=freeze-learning"
+    """What to do when an alert fires, as ALERT=ACTION[+ACTION...],ALERT=...: freeze-learning (until it is resolved),
+    freeze-publication, rollback (to the newest version made before it fired), shrink-exploration. Undone by hand, see
+    `genco policy`."""
+    shrunk_exploration: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25
+    """Share of the traffic beside the uniform one that still explores after shrink-exploration."""
 
 
 class SigningSettings(_Settings):
@@ -142,9 +158,12 @@ class WindowSettings(_Settings):
         return self
 
 
-class JoinSettings(KafkaSettings, ModelSettings, WindowSettings, MetricsSettings):
+class JoinSettings(KafkaSettings, ModelSettings, ActionSettings, WindowSettings, MetricsSettings):
     """Settings of `genco join`."""
 
+    redis_url: SecretStr | None = None
+    """redis://[user:password@]host:port/db, rediss:// for TLS. A secret, as it may hold a password. The joiner needs
+    none, and carries out GENCO_ALERT_ACTIONS with it."""
     joiner_group: str = "genco-joiner"
     """Consumer group; processes with the same group share the partitions."""
     joiner_instance_id: str | None = None
@@ -174,6 +193,11 @@ class JoinSettings(KafkaSettings, ModelSettings, WindowSettings, MetricsSettings
     `genco policy accept-clicks`. Meanwhile memory must fit what is shown, or less is read."""
     stall_timeout_ms: Annotated[int, Field(ge=10_000, le=3_600_000)] = 60_000
     """A joiner that makes no progress for so long ends itself, to be started anew."""
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis_url(cls, value: SecretStr | None) -> SecretStr | None:
+        return None if value is None else _checked_redis_url(value)
 
 
 class LearnSettings(KafkaSettings, RedisSettings, SigningSettings, WindowSettings, MetricsSettings):
