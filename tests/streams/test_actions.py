@@ -165,7 +165,7 @@ def test_without_redis_the_alert_says_that_nothing_was_done() -> None:
 
 @pytest.mark.parametrize("text", ["JoinRateDrop", "A=sleep", "=rollback", "A=rollback,A=freeze-learning", "A="])
 def test_a_table_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is no ALERT=|no name"):
+    with pytest.raises(ValueError, match=r"is no ALERT=|no name"):
         parse_table(text)
 
 

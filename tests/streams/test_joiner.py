@@ -757,8 +757,8 @@ def test_when_clicks_cease_the_joiner_holds_tells_and_keeps_the_hold_beside_its_
         await scene.go_on(12, with_clicks=True)
         assert scene.alerts() == []
         await scene.go_on(6, with_clicks=False)
-        await until(lambda: scene.bench.joiner._desk._answers[0].done() if scene.bench.joiner._desk._answers else True)
-        await scene.go_on(1, with_clicks=False)
+        await until(lambda: all(answer.done() for answer in scene.bench.joiner._desk._answers))
+        await scene.bench.pump()
         alert = scene.alerts()[0]
         assert (alert.name, alert.cause, alert.state) == ("JoinRateDrop", "join broken", "firing")
         sent = len(scene.bench.producer.ids())
@@ -770,7 +770,7 @@ def test_when_clicks_cease_the_joiner_holds_tells_and_keeps_the_hold_beside_its_
         heir = Ceasing(clock)
         heir.number = 10**6
         heir.bench.consumer.notes[CLICKED] = note
-        await heir.go_on(4, with_clicks=True)  # of the time after the hold, and not enough to end it
+        await heir.go_on(6, with_clicks=False)
         assert heir.bench.producer.ids() == []
         await heir.go_on(12, with_clicks=True)
         assert heir.bench.producer.ids() != []
