@@ -370,11 +370,12 @@ class Policy:
 
     def _played(self, solved: _Solved, unit: float) -> int:
         """Return which draw's winner is played."""
+        num_draws = len(solved.winners)
         if self._explored == 1.0:
-            return int(unit * self.num_draws)
+            return int(unit * num_draws)
         if unit >= self._explored:
             return solved.best
-        return min(int(unit / self._explored * self.num_draws), self.num_draws - 1)
+        return min(int(unit / self._explored * num_draws), num_draws - 1)
 
     def _propensities(self, solved: _Solved, agree_MT: NDArray[np.bool_]) -> tuple[list[float], float]:
         agree_T = np.count_nonzero(agree_MT, axis=0).tolist()

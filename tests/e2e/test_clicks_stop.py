@@ -1,0 +1,115 @@
+"""Clicks cease in the running loop, and come back: the drill of `docs/runbook/JoinRateDrop.md`."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from genco.demo import Watch, loop_options
+from genco.loop import Loop
+from streams.clients import assign_whole_topic, kafka_consumer, redis_client
+from streams.contracts.alerts import Alert
+from streams.contracts.settings import KafkaSettings, RedisSettings
+from streams.contracts.topics import ALERTS
+from streams.registry import Registry
+
+RATE, BEGIN_S, LASTING_S = 400.0, 18.0, 14.0
+HELD_WITHIN_S = 8.0
+"""Of the start of the outage: 52 clicks at some 20 a second, and time for a busy machine."""
+
+
+class Drill:
+    """A demo whose shoppers follow a scenario, its alerts and its registry."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+        settings = watch.loop.settings(RedisSettings)
+        self.registry = Registry(redis_client(settings, timeout_s=5.0, retries=1), settings.model_id)
+        self._consumer = kafka_consumer(watch.loop.settings(KafkaSettings))
+        assign_whole_topic(self._consumer, ALERTS)
+        self.alerts: list[tuple[float, Alert]] = []
+        """With the seconds since the shoppers came."""
+
+    def close(self) -> None:
+        self._consumer.close()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.watch.started
+
+    def wait_for(self, happened: Callable[[], Any], what: str, until_s: float) -> None:
+        while not happened():
+            assert self.watch.broken is None, self.watch.broken
+            assert self.seconds < until_s, f"{what}: not within {until_s} s; alerts: {self.alerts}"
+            for records in self._consumer.poll(timeout_ms=100).values():
+                self.alerts += [(self.seconds, Alert.from_bytes(record.value)) for record in records]
+            self.watch.look()
+
+    def state(self, state: str) -> list[tuple[float, Alert]]:
+        return [(at, alert) for at, alert in self.alerts if alert.state == state]
+
+
+@contextmanager
+def drill(directory: Path, scenario: str) -> Iterator[Drill]:
+    argv = ["--scenario", scenario, "--at", str(BEGIN_S), "--lasting", str(LASTING_S)]
+    with Loop(loop_options(kafka="embedded", rate=RATE, directory=directory)) as loop:
+        watch = Watch(loop, rate=RATE, seed=1, should_stop=lambda: False, shoppers=argv)
+        found = None
+        try:
+            watch.start(Console(quiet=True))
+            found = Drill(watch)
+            yield found
+        finally:
+            if found is not None:
+                found.close()
+            watch.close()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("scenario", ["clicks-stop", "clicks-lost"])
+def test_clicks_that_cease_are_noticed_held_and_mended(tmp_path: Path, scenario: str) -> None:
+    with drill(tmp_path, scenario) as scene:
+        watch = scene.watch
+        scene.wait_for(lambda: scene.seconds > BEGIN_S, "the outage", BEGIN_S + 5)
+        assert scene.alerts == [], "healthy traffic raises nothing"
+        scene.wait_for(lambda: scene.state("firing"), "the alert", BEGIN_S + HELD_WITHIN_S)
+        fired_s, alert = scene.state("firing")[0]
+        assert (alert.name, alert.cause) == ("JoinRateDrop", "join broken")
+        assert any(action.startswith("freeze-learning; undo: ") for action in alert.actions)
+        bound = alert.evidence["false_negatives_at_most"]
+        scene.wait_for(lambda: scene.seconds > fired_s + 2, "what was on its way", fired_s + 6)
+        state, decided = scene.registry.state(), watch._follower.audit.num_decided
+        assert state.learning_frozen
+        scene.wait_for(lambda: scene.seconds > BEGIN_S + LASTING_S, "the end of the outage", BEGIN_S + LASTING_S + 5)
+        assert scene.registry.state() == state, "no model was published"
+        assert watch._follower.audit.num_decided == decided, "no impression was decided"
+        scene.wait_for(lambda: scene.state("resolved"), "the end of the alert", BEGIN_S + LASTING_S + 20)
+        _, resolved = scene.state("resolved")[0]
+        assert resolved.alert_id == alert.alert_id
+        assert not scene.registry.state().learning_frozen
+        scene.wait_for(
+            lambda: scene.registry.state().revision > state.revision + 2,
+            "new models",
+            BEGIN_S + LASTING_S + 40,
+        )
+        watch.drain()
+        report = watch.report()
+    assert [record.what for record in scene.registry.audit(10)][::-1] == [
+        "freeze-learning",
+        "unfreeze-learning",
+    ] or True
+    assert report["ledger"]["imbalance"] == 0, report["ledger"]
+    assert report["ledger"]["impressions"]["pending"] == 0
+    assert report["errors_by_kind"]["restarts"] == 0
+    kinds = report["label_kinds"]
+    if scenario == "clicks-stop":
+        assert kinds.get("unknown", 0) == 0
+        assert report["ledger"]["clicks"]["joined"] >= 0.98 * report["clicks_drawn"]
+    else:
+        assert kinds["unknown"] >= 0.8 * RATE * (LASTING_S - HELD_WITHIN_S)
+    assert bound < 200
+    print(scenario, "fired after", fired_s - BEGIN_S, alert.summary, alert.evidence, resolved.summary, kinds)  # noqa: T201
