@@ -107,10 +107,11 @@ class Desk:
 
     def take(self, alert: Alert) -> None:
         """Do what is to be done because of an alert."""
-        self._answers.append(self._thread.submit(self._respond, alert))
+        if self._respond is not None:
+            self._answers.append(self._thread.submit(self._respond, alert))
 
     def answered(self) -> Iterator[Alert]:
-        """Yield the alerts that were taken, with what was done."""
+        """Yield the alerts that were taken and because of which something was done, with what."""
         while self._answers and self._answers[0].done():
             yield self._answers.popleft().result()
 
@@ -137,13 +138,13 @@ class Desk:
         return 0 if record is None else record.state.clicks_accepted_ms
 
 
-def _responder(settings: JoinSettings) -> Callable[[Alert], Alert]:
+def _responder(settings: JoinSettings) -> Callable[[Alert], Alert] | None:
     try:
         table = parse_table(settings.alert_actions)
     except ValueError as error:
         raise ConfigurationError(f"GENCO_ALERT_ACTIONS: {error}") from None
     if settings.redis_url is None:
-        return lambda alert: alert
+        return None
     connection = RedisSettings(redis_url=settings.redis_url, model_id=settings.model_id)
     # Without retries, so that no action is sent twice.
     client = redis_client(connection, timeout_s=REDIS_TIMEOUT_S, retries=0)

@@ -314,11 +314,11 @@ class Joiner:
         if guard.has_hold:
             notices += guard.accept(self._desk.accepted_ms())
         self._report.guard(guard)
-        for notice in notices:
-            alert = alert_of(notice, self._settings, len(guard.own) + 1, now_ms())
+        alerts = [alert_of(notice, self._settings, len(guard.own) + 1, now_ms()) for notice in notices]
+        for alert in alerts:
             self._report.alert(alert)
             self._desk.take(alert)
-        for alert in self._desk.answered():
+        for alert in [*alerts, *self._desk.answered()]:
             if self._producer is None:
                 raise RuntimeError("the joiner writes before it was started")
             # Not waited for: it is told again, and nothing else may wait for it.

@@ -17,9 +17,11 @@ from streams.contracts.settings import KafkaSettings, RedisSettings
 from streams.contracts.topics import ALERTS
 from streams.registry import Registry
 
-RATE, BEGIN_S, LASTING_S = 400.0, 18.0, 14.0
-HELD_WITHIN_S = 8.0
-"""Of the start of the outage: 52 clicks at some 20 a second, and time for a busy machine."""
+RATE, BEGIN_S, LASTING_S = 400.0, 18.0, 18.0
+HELD_WITHIN_S = 6.0
+"""Of event time: 58 clicks at some 20 a second."""
+SEEN_WITHIN_S = 12.0
+"""On a busy machine."""
 
 
 class Drill:
@@ -76,40 +78,36 @@ def test_clicks_that_cease_are_noticed_held_and_mended(tmp_path: Path, scenario:
         watch = scene.watch
         scene.wait_for(lambda: scene.seconds > BEGIN_S, "the outage", BEGIN_S + 5)
         assert scene.alerts == [], "healthy traffic raises nothing"
-        scene.wait_for(lambda: scene.state("firing"), "the alert", BEGIN_S + HELD_WITHIN_S)
+        scene.wait_for(lambda: scene.state("firing"), "the alert", BEGIN_S + SEEN_WITHIN_S)
         fired_s, alert = scene.state("firing")[0]
         assert (alert.name, alert.cause) == ("JoinRateDrop", "join broken")
-        assert any(action.startswith("freeze-learning; undo: ") for action in alert.actions)
-        bound = alert.evidence["false_negatives_at_most"]
-        scene.wait_for(lambda: scene.seconds > fired_s + 2, "what was on its way", fired_s + 6)
+        evidence = {name: value for name, value in alert.evidence.items() if isinstance(value, float)}
+        assert evidence["held_at_seconds"] - evidence["clicks_ceased_at_seconds"] <= HELD_WITHIN_S
+        assert evidence["false_negatives_at_most"] < 60
+        scene.wait_for(lambda: scene.registry.state().learning_frozen, "the freeze of learning", fired_s + 5)
+        scene.wait_for(lambda: len(scene.state("firing")) > 1, "what was done", fired_s + 8)
+        assert any(action.startswith("freeze-learning; undo: ") for action in scene.state("firing")[1][1].actions)
         state, decided = scene.registry.state(), watch._follower.audit.num_decided
-        assert state.learning_frozen
         scene.wait_for(lambda: scene.seconds > BEGIN_S + LASTING_S, "the end of the outage", BEGIN_S + LASTING_S + 5)
         assert scene.registry.state() == state, "no model was published"
         assert watch._follower.audit.num_decided == decided, "no impression was decided"
         scene.wait_for(lambda: scene.state("resolved"), "the end of the alert", BEGIN_S + LASTING_S + 20)
         _, resolved = scene.state("resolved")[0]
         assert resolved.alert_id == alert.alert_id
-        assert not scene.registry.state().learning_frozen
-        scene.wait_for(
-            lambda: scene.registry.state().revision > state.revision + 2,
-            "new models",
-            BEGIN_S + LASTING_S + 40,
-        )
+        until_s = BEGIN_S + LASTING_S + 40
+        scene.wait_for(lambda: not scene.registry.state().learning_frozen, "learning going on", until_s)
+        scene.wait_for(lambda: scene.registry.state().revision > state.revision + 2, "new models", until_s)
+        actions = [record.what for record in scene.registry.audit(10)]
         watch.drain()
         report = watch.report()
-    assert [record.what for record in scene.registry.audit(10)][::-1] == [
-        "freeze-learning",
-        "unfreeze-learning",
-    ] or True
+    assert actions == ["unfreeze-learning", "freeze-learning"]
     assert report["ledger"]["imbalance"] == 0, report["ledger"]
     assert report["ledger"]["impressions"]["pending"] == 0
     assert report["errors_by_kind"]["restarts"] == 0
     kinds = report["label_kinds"]
     if scenario == "clicks-stop":
         assert kinds.get("unknown", 0) == 0
-        assert report["ledger"]["clicks"]["joined"] >= 0.98 * report["clicks_drawn"]
+        assert report["ledger"]["clicks"]["joined"] >= 0.98 * report["clicks"]
     else:
-        assert kinds["unknown"] >= 0.8 * RATE * (LASTING_S - HELD_WITHIN_S)
-    assert bound < 200
+        assert kinds["unknown"] >= 0.8 * RATE * (LASTING_S - SEEN_WITHIN_S)
     print(scenario, "fired after", fired_s - BEGIN_S, alert.summary, alert.evidence, resolved.summary, kinds)  # noqa: T201

@@ -246,6 +246,20 @@ def test_a_hold_that_lasts_too_long_lets_go_without_a_lesson_and_ends_when_click
     assert LabelKind.UNKNOWN not in {loop.labels[id_][0] for id_ in newest}
 
 
+def test_a_hold_under_which_nothing_more_is_read_ends_too() -> None:
+    """Memory is full: event time stands still, and only the wall clock goes on."""
+    loop = Loop()
+    outage(loop)
+    clocks = {p: joiner.read_clock({}) for p, joiner in loop.joiners.items()}
+    assert all(gate.hold is not None and gate.hold.is_holding for gate in loop.guard.gates.values())
+    loop.guard.step(clocks, clocks, loop.now_ms + 60_000)
+    assert not any(gate.hold is None or gate.hold.is_holding for gate in loop.guard.gates.values())
+    open_before = loop.joiners[0].num_bytes
+    loop.go_on(1)
+    assert loop.joiners[0].num_bytes < open_before
+    assert {kind for kind, _ in loop.labels.values()} >= {LabelKind.UNKNOWN}
+
+
 def test_an_operator_accepts_that_the_world_has_changed() -> None:
     loop = Loop()
     notice = outage(loop)
