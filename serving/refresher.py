@@ -130,15 +130,14 @@ class Refresher:
     def refresh(self) -> bool:
         """Ask Redis once; return whether a newer snapshot serves now."""
         try:
+            self._explore()
             pointer = self._store.pointer()
-            self._exploration = self._store.exploration()
         except redis.RedisError as error:
             self._note_outage(error)
             return False
         except SnapshotError as error:
             self._reject(error, None)
             return False
-        self._explore()
         current = self._holder.current
         if pointer is None or pointer.revision < current.revision:
             self._note_older(None if pointer is None else pointer.revision)
@@ -151,8 +150,14 @@ class Refresher:
         return self._load(pointer)
 
     def _explore(self) -> None:
-        """Let the policy that serves explore as much as it is told to."""
-        policy, share = self._holder.current.policy, self._exploration
+        """Ask how much is to be explored, and let the policy that serves do so; raises RedisError."""
+        try:
+            share = self._exploration = self._store.exploration()
+        except SnapshotError as error:
+            self._metrics.model_rejected.labels(error.reason).inc()
+            logger.debug("another share of the traffic was to explore", extra={"cause": str(error)})
+            return
+        policy = self._holder.current.policy
         if isinstance(policy, Policy) and self._holder.current.exploration != share:
             self._holder.explore(policy.exploring(share), share)
             logger.warning("another share of the traffic explores", extra={"share": share})

@@ -119,8 +119,8 @@ class JoinGuard:
         for partition, clock_ms in clocks_ms.items():
             if clock_ms is not None:
                 self.own[partition].advance(clock_ms)
-        known = [clock_ms for clock_ms in clocks_ms.values() if clock_ms is not None]
-        if known and len(known) == len(self.own):
+        # A partition without a clock has had no events, perhaps never will.
+        if known := [clock_ms for clock_ms in clocks_ms.values() if clock_ms is not None]:
             self.shared.advance(min(known))
         notices = self._end(now_ms)
         self._begin(decided_ms, now_ms)
