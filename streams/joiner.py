@@ -288,7 +288,7 @@ class Joiner:
         Nothing may be decided before: there may be a hold.
         """
         guard = self._guard
-        if guard is None or self._is_restored:
+        if guard is None or self._is_restored or not self._partitions:
             return True
         places = {TP(CLICKS, partition) for partition in self._partitions}
         try:

@@ -21,7 +21,7 @@ from tests.builders import clicked, shown
 
 WINDOW, WAIT = 30_000, 6_000
 """So a bin is 100 ms."""
-RATE, CTR, DELAY_MS = 150, 0.1, 1_000
+RATE, CTR, DELAY_MS = 100, 0.15, 1_000
 STEP_MS = 400
 
 
@@ -220,7 +220,7 @@ def test_what_was_shown_while_clicks_were_lost_leaves_as_unknown() -> None:
 
 
 def test_one_partition_without_clicks_is_held_alone() -> None:
-    loop = Loop(partitions=3, rate=450)
+    loop = Loop(partitions=3, rate=300)
     notice = outage(loop, partitions={1})
     assert notice.partitions == (1,)
     held = {id_ for id_ in loop.shown_ms if id_ not in loop.labels and loop.shown_ms[id_] < loop.now_ms - WAIT - 2_000}
