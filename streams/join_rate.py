@@ -135,11 +135,13 @@ class JoinRate:
     # -- feeding ---------------------------------------------------------------------------------------------------
 
     def shown(self, times_ms: NDArray[np.int64]) -> None:
-        """Note impressions; those behind `advance` are left out, as their clicks have come with them or never will."""
+        """Note impressions. Of those behind `advance` only the clicks that are still to come are expected."""
         bins, counts = np.unique(times_ms // self.bin_ms, return_counts=True)
         for number, count in zip(bins.tolist(), counts.tolist(), strict=True):
             if self._next is None or number >= self._next:
                 self._shown[number] = self._shown.get(number, 0) + count
+            elif self._next - number <= HORIZON:
+                self._lags[self._next - 1 - number] += count
 
     def clicked(self, shown_ms: int, clicked_ms: int) -> None:
         """Note a click that met its impression."""

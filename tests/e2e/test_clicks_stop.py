@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from genco.demo import Watch, loop_options
-from genco.loop import Loop
+from genco.loop import KafkaKind, Loop
 from streams.clients import assign_whole_topic, kafka_consumer, redis_client
 from streams.contracts.alerts import Alert
 from streams.contracts.settings import KafkaSettings, RedisSettings
@@ -56,9 +56,9 @@ class Drill:
 
 
 @contextmanager
-def drill(directory: Path, scenario: str) -> Iterator[Drill]:
+def drill(directory: Path, scenario: str, kafka: KafkaKind = "embedded") -> Iterator[Drill]:
     argv = ["--scenario", scenario, "--at", str(BEGIN_S), "--lasting", str(LASTING_S)]
-    with Loop(loop_options(kafka="embedded", rate=RATE, directory=directory)) as loop:
+    with Loop(loop_options(kafka=kafka, rate=RATE, directory=directory)) as loop:
         watch = Watch(loop, rate=RATE, seed=1, should_stop=lambda: False, shoppers=argv)
         found = None
         try:
@@ -126,8 +126,10 @@ def test_what_the_world_does_is_no_broken_join(tmp_path: Path, scenario: str) ->
 
 
 @pytest.mark.long
-def test_clicks_with_wrong_clocks_are_a_broken_join(tmp_path: Path) -> None:
-    with drill(tmp_path, "clock-skew") as scene:
+@pytest.mark.kafka
+def test_clicks_with_wrong_clocks_are_a_broken_join(tmp_path: Path, apache_kafka: KafkaKind) -> None:
+    """On a broker that gives records its own time, which the embedded one does not."""
+    with drill(tmp_path, "clock-skew", apache_kafka) as scene:
         scene.wait_for(lambda: scene.state("firing"), "the alert", BEGIN_S + SEEN_WITHIN_S)
         assert scene.state("firing")[0][1].cause == "join broken"
         scene.wait_for(lambda: scene.state("resolved"), "the end of the alert", BEGIN_S + LASTING_S + 30)

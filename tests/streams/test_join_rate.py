@@ -258,11 +258,35 @@ def test_a_long_silence_costs_nothing_and_is_no_outage() -> None:
     assert scene.watch.outage is None
 
 
-def test_impressions_behind_the_watermark_are_not_waited_for() -> None:
-    """A server was cut off: minutes of impressions and their clicks come at once."""
+def test_impressions_that_come_late_with_their_clicks_are_no_outage() -> None:
+    """A server was cut off: minutes of impressions, and the clicks that they had, come at once; others follow."""
     scene = traffic(18)
-    old = np.arange(scene.seconds * 1000 - 300_000, scene.seconds * 1000 - 1000, 2)
+    now_ms = scene.seconds * 1000
+    old = np.arange(now_ms - 300_000, now_ms - 1000, 2)
     scene.watch.shown(old)
-    for shown_ms in old[:: int(1 / CTR)].tolist():
-        scene.watch.clicked(shown_ms, shown_ms + 5_000)
+    for shown_ms in old[scene.rng.random(len(old)) < CTR].tolist():
+        clicked_ms = shown_ms + int(1000 * scene.rng.exponential(DELAY_S))
+        if clicked_ms < now_ms:
+            scene.watch.clicked(shown_ms, clicked_ms)
+        else:
+            scene.coming[clicked_ms // 1000].append((shown_ms, clicked_ms))
     assert scene.go_on(300) is None
+    scene.stop_clicks()
+    assert scene.go_on(60) is not None
+
+
+def test_impressions_that_are_always_late_are_watched_all_the_same() -> None:
+    """A clock that is wrong by some seconds, or an event that moved the watermark too far."""
+    scene = traffic(19)
+    watch = scene.watch
+
+    class Late(JoinRate):
+        def advance(self, watermark_ms: int) -> None:
+            super().advance(watermark_ms + 5_000)
+
+    scene.watch = Late(WAIT_MS, 0.4)
+    assert scene.go_on(600) is None
+    assert scene.watch.is_armed
+    scene.stop_clicks()
+    assert scene.go_on(60) is not None
+    assert watch.outage is None
