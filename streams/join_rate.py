@@ -31,7 +31,7 @@ FALSE_ALARM_MS: Final = 365 * 86_400_000
 LEAST_BINS: Final = 10
 BINS_IN_A_WAIT: Final = 60
 MEMORY_BINS: Final = 3_600
-MEMORY_CLICKS: Final = 1_000
+MEMORY_CLICKS: Final = 3_000
 """What was learned fades with the longer of both."""
 RECOVERY_EVIDENCE: Final = math.log(1_000)
 LOST_BELOW: Final = 0.8
@@ -192,7 +192,8 @@ class JoinRate:
             return
         if self.is_armed:
             self._test(number, expected, observed, num_shown)
-        if self.outage is None:
+        # While it looks like an outage nothing is learned, or a slow one would become what is expected.
+        if self._sums.max() < self.threshold / 4:
             fade = 1.0 - min(1.0 / MEMORY_BINS, expected / MEMORY_CLICKS)
             self.shown_A = fade * self.shown_A + shown_A
             self.clicks_A = fade * self.clicks_A + (0.0 if clicks_A is None else clicks_A)
