@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -21,7 +22,16 @@ from redis.exceptions import NoPermissionError
 
 from streams.contracts.delta import apply_delta
 from streams.contracts.moves import Move, is_signed
-from streams.contracts.registry import Version, blob_key, current_key, delta_key, freeze_key, manifest_key, pin_key
+from streams.contracts.registry import (
+    Version,
+    blob_key,
+    current_key,
+    delta_key,
+    freeze_key,
+    manifest_key,
+    pin_key,
+    switches_key,
+)
 from streams.contracts.snapshot import MAX_BLOB_BYTES, SnapshotError, SnapshotManifest, verify
 
 logger = logging.getLogger(__name__)
@@ -134,6 +144,26 @@ class SnapshotStore:
         """Return whether an operator who has the key moved the pointer there."""
         move = Move(self._model_id, pointer.name, pointer.sha256, pointer.revision, pointer.rollback_of)
         return bool(pointer.rollback_of) and is_signed(move, pointer.signature, self._key)
+
+    def exploration(self) -> float:
+        """Return the share of the traffic beside the uniform one that is to explore; 1 unless an operator said so.
+
+        Raises:
+            SnapshotError: If it is malformed.
+            redis.RedisError: If Redis does not answer.
+        """
+        try:
+            raw = cast("dict[bytes, bytes]", self._client.hgetall(switches_key(self._model_id)))
+        except NoPermissionError:  # a Redis with the users of an earlier release: nobody can have said so
+            return 1.0
+        text = raw.get(b"exploration") or b"1"
+        try:
+            share = float(text)
+        except ValueError:
+            share = math.nan
+        if not 0.0 <= share <= 1.0:
+            raise SnapshotError("exploration", f"{switches_key(self._model_id)} says {text[:32]!r}; must be in [0, 1]")
+        return share
 
     def fetch_current(self, after: int | None) -> Fetched | None:
         """Return the current snapshot if its revision is larger than `after`.

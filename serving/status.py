@@ -58,6 +58,8 @@ class PolicyStatus(Struct, frozen=True, kw_only=True):
     counters: Counters
     registry: RegistryStatus | None
     """Null: Redis was not heard yet."""
+    exploration: float
+    """Share of the decisions beside the uniform ones that the posterior draws make; the rest plays the best known."""
     registry_fault: str | None
     """Why Redis could not be read, or its snapshot was refused, last time."""
 
@@ -92,6 +94,7 @@ def policy_status(
     return PolicyStatus(
         source=loaded.rung,
         revision=loaded.revision,
+        exploration=loaded.exploration,
         manifest=manifest,
         gate=None if manifest is None else manifest["gate"],
         swaps=holder.swaps(num_swaps),

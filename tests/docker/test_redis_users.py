@@ -97,6 +97,7 @@ def learn(client: redis.Redis) -> None:
         assert learner.publish(snapshot("default", 1, version)) is Outcome.PUBLISHED
     learner.show(snapshot("default", 1, 1).manifest)
     assert learner.renew()
+    assert not learner.learning_is_frozen()
     learner.release()
 
 
@@ -107,6 +108,7 @@ def serve(client: redis.Redis) -> None:
     assert (sight.pin, sight.frozen) == (None, False)
     assert sight.pointer is not None
     assert store.fetch(sight.pointer).manifest.version == 3
+    assert store.exploration() == 1.0
     with client.pubsub() as pubsub:
         pubsub.subscribe(f"published:{MODEL}")
         message = pubsub.get_message(timeout=5.0)
@@ -132,6 +134,7 @@ def operate(client: redis.Redis) -> None:
     assert operator.unpin(order).after.pin is None
     assert operator.freeze(order).after.frozen
     assert not operator.unfreeze(order).after.frozen
+    assert operator.explore(0.25, order).after.exploration == 0.25
     operator.pin(Version(1, 3), order)
     operator.unpin(order)
     assert operator.rollback(None, order).after.current == Version(1, 2)
