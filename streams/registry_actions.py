@@ -61,8 +61,8 @@ _UNSIGNED: Final = ("", 0, "", "")
 # ARGV[6] channel, ARGV[7] and ARGV[8] what the keys of blobs and manifests begin with, ARGV[9] version or '',
 # ARGV[10] '1' if a rollback freezes, ARGV[11] format of snapshots that servers read, ARGV[12] the version to which the
 # caller has signed a move or '', ARGV[13] the revision of that move, ARGV[14] where it goes back from, ARGV[15] its
-# signature; KEYS[9] switches, ARGV[16] value. Returns {'changed', audit record} or {refusal or 'unchanged', ''}; 'moved':
-# the registry is no longer as it was when the move was signed, nothing has changed.
+# signature; KEYS[9] switches, ARGV[16] value. Returns {'changed', audit record} or {refusal or 'unchanged', ''};
+# 'moved': the registry is no longer as it was when the move was signed, nothing has changed.
 _BEGIN: Final = """
 if redis.call('EXISTS', KEYS[4]) == 0 then return {'empty', ''} end
 local function number(key) return tonumber(redis.call('GET', key) or '0') end

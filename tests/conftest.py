@@ -19,10 +19,6 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     # Threads of torch spin while they wait for each other, and more of them than cores make a second a minute.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # numba changes the index of a cache without a lock: of two that compile a function for different types at a time,
-    # one could leave its code under the types of the other.
-    assert config.cache is not None
-    os.environ["NUMBA_CACHE_DIR"] = str(config.cache.mkdir("numba") / worker)
 
 
 @pytest.fixture(autouse=True)

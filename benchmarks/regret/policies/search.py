@@ -27,7 +27,8 @@ def linear_scores(
     main_MSE: Floats32, context_MSEC: Floats32, draw_N: Ints, context_NC: Floats32, candidates_NSA: Ints
 ) -> Floats32:
     """Return (N, S, A): what each candidate adds by itself and with the context, on each request's draw."""
-    scores: Floats32 = _scores(main_MSE, context_MSEC, draw_N, context_NC, candidates_NSA)
+    tables = np.ascontiguousarray(main_MSE), np.ascontiguousarray(context_MSEC)
+    scores: Floats32 = _scores(*tables, draw_N, context_NC, candidates_NSA)
     return scores
 
 
@@ -43,7 +44,7 @@ def best_creatives(score_NSA: Floats32, pair_MQEE: Floats32, draw_N: Ints, candi
         draw_N: Index into the draws.
         candidates_NSA: Element numbers.
     """
-    chosen: Ints = _search(score_NSA, pair_MQEE, draw_N, candidates_NSA)
+    chosen: Ints = _search(score_NSA, np.ascontiguousarray(pair_MQEE), draw_N, candidates_NSA)
     return chosen
 
 

@@ -50,6 +50,7 @@ def test_registry_keys_are_those_of_the_design_and_never_meet() -> None:
         "manifest_prefix": "manifest:m:",
         "blob_key": "blob:m:3:42",
         "manifest_key": "manifest:m:3:42",
+        "delta_key": "delta:m:3:42",
         "current_key": "current:m",
         "pin_key": "pin:m",
         "freeze_key": "freeze:m",
