@@ -135,6 +135,9 @@ class Responder:
         except ActionRefusedError as error:
             logger.error("an alert's action was refused", extra={"action": action, "cause": str(error)})
             return f"{action}: refused ({error.refusal})"
+        except ValueError as error:
+            logger.error("an alert's action cannot be signed", extra={"action": action, "cause": str(error)})
+            return f"{action}: refused (signing key)"
         if change.audit is None:
             return None  # it is so already, by somebody else's hand, who will undo it
         logger.warning("done because of an alert", extra={"action": action, "alert": alert.alert_id})

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
-from streams.actions import Responder, parse_table, try_to_respond
+from streams.actions import AutomaticAction, Responder, parse_table, try_to_respond
 from streams.clients import redis_client
 from streams.contracts.alerts import Alert, Cause, Severity
 from streams.contracts.settings import ConfigurationError, JoinSettings, RedisSettings
@@ -145,13 +145,22 @@ def _responder(settings: JoinSettings) -> Callable[[Alert], Alert] | None:
         raise ConfigurationError(f"GENCO_ALERT_ACTIONS: {error}") from None
     if settings.redis_url is None:
         return None
+    key = settings.signing_key
+    if key is None and any(AutomaticAction.ROLLBACK in actions for actions in table.values()):
+        raise ConfigurationError("GENCO_ALERT_ACTIONS has a rollback, which is signed: set GENCO_SIGNING_KEY, too")
     connection = RedisSettings(redis_url=settings.redis_url, model_id=settings.model_id)
     # Without retries, so that no action is sent twice.
     client = redis_client(connection, timeout_s=REDIS_TIMEOUT_S, retries=0)
     registry = Registry(client, settings.model_id)
     responder = Responder(
         registry,
-        Operator(registry, client, ControlLog(settings).append),
+        Operator(
+            registry,
+            client,
+            ControlLog(settings).append,
+            # As `SigningSettings` makes it.
+            signing_key=None if key is None else key.get_secret_value().encode()[:64],
+        ),
         table,
         exploration=settings.shrunk_exploration,
         who="genco join",

@@ -22,7 +22,12 @@ NOW_MS = 1_764_000_000_000
 
 
 def snapshot(
-    model_id: str, epoch: int, version: int, blob: bytes | None = None, feature_spec_hash: str = "f"
+    model_id: str,
+    epoch: int,
+    version: int,
+    blob: bytes | None = None,
+    feature_spec_hash: str = "f",
+    created_at_ms: int = NOW_MS,
 ) -> PolicySnapshot:
     """Return a snapshot signed with `KEY`; without a blob, of bytes that no server can load."""
     blob = f"weights {epoch}:{version}".encode() if blob is None else blob
@@ -35,7 +40,7 @@ def snapshot(
         feature_spec_hash=feature_spec_hash,
         gate=GateVerdict(accepted=True),
         metrics={"log_loss": 0.0625},
-        created_at_ms=NOW_MS,
+        created_at_ms=created_at_ms,
     )
     return PolicySnapshot(sign(manifest, KEY), blob)
 

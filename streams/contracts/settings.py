@@ -139,6 +139,9 @@ class ActionSettings(_Settings):
     `genco policy`."""
     shrunk_exploration: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25
     """Share of the traffic beside the uniform one that still explores after shrink-exploration."""
+    # Needed for the action rollback alone: servers go back by signed moves only.
+    signing_key: Annotated[SecretStr, Field(min_length=32)] | None = None
+    """At least 32 characters; the same for servers and learner. Make one with: openssl rand -hex 32"""
 
 
 class SigningSettings(_Settings):

@@ -37,7 +37,7 @@ class Scene:
         self.publisher = Publisher(client, "default", 60_000, Fence())
         assert self.publisher.acquire()
         for version in (1, 2, 3):
-            self.publisher.publish(snapshot(version))
+            self.publisher.publish(snapshot("default", 1, version))
         self.records: list[ControlRecord] = []
         self.kafka_is_up = True
         admin = RegistryAdmin(client, "default", self.record, KEY, lambda: NOW_MS)

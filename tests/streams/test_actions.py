@@ -14,9 +14,9 @@ from streams.actions import UNDO, AutomaticAction, Responder, parse_table, try_t
 from streams.contracts.alerts import Alert, Cause, Severity
 from streams.contracts.control import Action
 from streams.contracts.registry import Version
-from streams.contracts.snapshot import GateVerdict, PolicySnapshot, SnapshotManifest
 from streams.registry import Registry
 from streams.registry_actions import Operator, Order
+from tests.snapshots import KEY, snapshot
 
 
 def alert(name: str = "JoinRateDrop", state: Any = "firing", model: str = "m", id_: str = "a-1") -> Alert:
@@ -41,15 +41,15 @@ def server() -> Iterator[RedisServer]:
 
 
 class Scene:
-    def __init__(self, client: redis.Redis, table: str) -> None:
+    def __init__(self, client: redis.Redis, table: str, key: bytes | None = KEY) -> None:
         self.client = client
         self.model = f"model-{uuid.uuid4().hex[:8]}"
         self.publisher = Publisher(client, self.model, 60_000, Fence())
         assert self.publisher.acquire()
         for version, created_at_ms in ((1, 100), (2, 200), (3, 300)):
-            self.publisher.publish(self.snapshot(version, created_at_ms))
+            self.publisher.publish(snapshot(self.model, 1, version, created_at_ms=created_at_ms))
         self.registry = Registry(client, self.model)
-        self.operator = Operator(self.registry, client, lambda _: None)
+        self.operator = Operator(self.registry, client, lambda _: None, signing_key=key)
         self.table = parse_table(table)
         self.ticks = itertools.count(400)
         self.responder = self.process("genco monitor")
@@ -58,19 +58,6 @@ class Scene:
         return Responder(
             self.registry, self.operator, self.table, exploration=0.25, who=who, now_ms=lambda: next(self.ticks)
         )
-
-    def snapshot(self, version: int, created_at_ms: int) -> PolicySnapshot:
-        manifest = SnapshotManifest(
-            model_id=self.model,
-            epoch=1,
-            version=version,
-            sha256=str(version),
-            num_bytes=1,
-            feature_spec_hash="f",
-            gate=GateVerdict(accepted=True),
-            created_at_ms=created_at_ms,
-        )
-        return PolicySnapshot(manifest, b"x")
 
     def actions(self) -> list[Action]:
         """Return what the audit holds, oldest first."""
@@ -151,6 +138,13 @@ def test_a_refused_action_is_told_and_the_others_are_done(scene: Scene) -> None:
     scene.operator.pin(Version(1, 3), Order(who="ann", when_ms=1))
     told = scene.responder.respond(alert("Broken", model=scene.model)).actions
     assert told[2] == "rollback: refused (pinned)"
+    assert scene.registry.state().exploration == 0.25
+
+
+def test_what_cannot_be_signed_is_told_and_the_others_are_done(server: RedisServer) -> None:
+    scene = Scene(redis.Redis.from_url(server.url), ALL, key=None)
+    told = scene.responder.respond(alert("Broken", model=scene.model)).actions
+    assert told[2] == "rollback: refused (signing key)"
     assert scene.registry.state().exploration == 0.25
 
 
