@@ -1,8 +1,8 @@
 """Generic drift detectors on numbers that come once a minute, and what chance alone would do.
 
-They annotate and never page: at a click rate of 2 % they are slow. ADWIN and Page-Hinkley follow river 0.26 (BSD), whose
-package needs pandas and scipy; a test compares with it where it is installed. The minutes are few, so ADWIN here looks
-at every cut of its window instead of at exponential buckets.
+They annotate and never page: at a click rate of 2 % they are slow. ADWIN and Page-Hinkley follow river 0.26 (BSD); the
+package itself would bring pandas and scipy into the process. Minutes are few, so ADWIN here looks at every cut of its
+window instead of at exponential buckets.
 
 References:
     Bifet and Gavaldà (2007), Learning from Time-Changing Data with Adaptive Windowing. Page (1954).
@@ -71,8 +71,8 @@ class PageHinkley:
         self._reset()
 
     def _reset(self) -> None:
-        self._num, self._mean = 0, 0.0
-        self._up = self._down = 0.0
+        self._num = 0
+        self._mean = self._up = self._down = 0.0
         self._least_up, self._most_down = math.inf, -math.inf
 
     def update(self, value: float) -> bool:
@@ -119,4 +119,4 @@ def chance_of_alarm(rate: float, num_looks: float) -> float:
         >>> round(chance_of_alarm(rate=0.01, num_looks=60), 3)
         0.453
     """
-    return 1.0 - (1.0 - rate) ** num_looks
+    return 1.0 - math.pow(1.0 - rate, num_looks)

@@ -68,6 +68,12 @@ class Stability:
         self._close()
         return True
 
+    @property
+    def is_moving(self) -> bool:
+        """Whether the window that is not full yet looks moved, as soon as it is half full."""
+        is_known = self._num_reference >= MIN_REFERENCE and self._num_window >= MIN_WINDOW // 2
+        return is_known and self._compare() > MOVED
+
     def _close(self) -> None:
         if self._num_reference >= MIN_REFERENCE:
             self.index = self._compare()
@@ -100,5 +106,5 @@ class Stability:
         faded = {name: kept * count for name, count in self._reference.items() if kept * count > 0.5}
         for name, count in self._window.items():
             faded[name] = faded.get(name, 0.0) + count
-        self._reference = Counter(faded)  # type: ignore[arg-type]  # a Counter of faded counts
+        self._reference = Counter(faded)
         self._num_reference = float(sum(faded.values()))

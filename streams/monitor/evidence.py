@@ -67,7 +67,7 @@ class EDetector:
 
     @property
     def evidence(self) -> float:
-        """ln M_t, at most what `observe` has seen last; 0: none."""
+        """The logarithm of M_t; 0: none."""
         top = float(self._log_A.max())
         return max(0.0, top + math.log(float(np.exp(self._log_A - top).mean())))
 

@@ -117,6 +117,11 @@ class Arrivals:
         return self.weight**2 / (self.num * self.weight_square) if self.weight_square > 0 else math.nan
 
 
+def version_name(code: int) -> str:
+    """Return the policy version of a row's code, as people write it."""
+    return f"{code >> VERSION_BITS}.{code & (1 << VERSION_BITS) - 1}"
+
+
 class Names:
     """Codes for names; those beyond the limit share one."""
 
