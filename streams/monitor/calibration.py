@@ -79,8 +79,6 @@ class CalibrationChecks:
     def __init__(self, warm_examples: int) -> None:
         self._warm_left = float(warm_examples)
         self.window = Window(WINDOW_MS)
-        self.recent = Step()
-        """Sums over the window."""
         self.level, self.reference_level = Level(), Level()
         self._broken = _Side(BROKEN)
         self._moved = _Side(MOVED)
@@ -119,6 +117,11 @@ class CalibrationChecks:
             "base_rate_predicts_better": self._base.detector,
             "holdout_earns_more": self._arms.detector,
         }
+
+    @property
+    def recent(self) -> Step:
+        """Sums over the last ten minutes."""
+        return self.window.total
 
     @property
     def is_warm(self) -> bool:
@@ -160,7 +163,7 @@ class CalibrationChecks:
                 clicks goes on.
         """
         self.window.add(now_ms, step)
-        self.recent = recent = self.window.total()
+        recent = self.recent
         self._warm_left -= step.all.num
         if not self.is_warm:
             self.level.observe(step.all)

@@ -44,11 +44,11 @@ class Counts:
     expected: float = 0.0
     """Sum of the predicted click probabilities."""
 
-    def add(self, other: Counts) -> None:
-        """Add another step."""
-        self.num += other.num
-        self.clicks += other.clicks
-        self.expected += other.expected
+    def add(self, other: Counts, sign: float = 1.0) -> None:
+        """Add another step, or take it away again with the sign -1."""
+        self.num += sign * other.num
+        self.clicks += sign * other.clicks
+        self.expected += sign * other.expected
 
     @property
     def ratio(self) -> float:
@@ -64,12 +64,8 @@ class EDetector:
         self.num_alarms = 0
         self._log_A: FloatArray = np.zeros(num_alternatives)
         self._since = Counts()
-
-    @property
-    def evidence(self) -> float:
-        """The logarithm of M_t; 0: none."""
-        top = float(self._log_A.max())
-        return max(0.0, top + math.log(float(np.exp(self._log_A - top).mean())))
+        self.evidence = 0.0
+        """The logarithm of M_t, at least 0."""
 
     @property
     def is_suspicious(self) -> bool:
@@ -87,6 +83,8 @@ class EDetector:
             self._since = Counts()
         self._since.add(counts)
         self._log_A = np.maximum(self._log_A, 0.0) + log_factor_A
+        top = float(self._log_A.max())
+        self.evidence = max(0.0, top + math.log(float(np.exp(self._log_A - top).mean())))
         is_enough = self._since.num >= MIN_EXAMPLES and max(self._since.expected, self._since.clicks) >= MIN_CLICKS
         if self.evidence < self.threshold or not is_enough:
             return False
@@ -98,6 +96,7 @@ class EDetector:
         """Begin anew."""
         self._log_A[:] = 0.0
         self._since = Counts()
+        self.evidence = 0.0
 
 
 class CalibrationTest:

@@ -151,7 +151,7 @@ class Reader:
         self._ignored = ignored_fields
         self.products = Names()
         self.elements = Names()
-        self._contexts: dict[str, dict[str, str]] = {}
+        self._contexts: dict[str, tuple[tuple[str, str], ...]] = {}
 
     def rows(self, batch: ExampleBatch, current_N: FloatArray, reference_N: FloatArray) -> Rows:
         """Return the rows of a batch with their predictions."""
@@ -233,11 +233,13 @@ class Reader:
         out.products.update(_counted(products, product_N))
         texts, context_N = _distinct(columns.column("context"))
         for text, count in _counted(texts, context_N).items():
-            for name, value in self._context(text).items():
-                out.context.setdefault(name, Counter())[value] += count
+            for name, value in self._context(text):
+                if name not in out.context:
+                    out.context[name] = Counter()
+                out.context[name][value] += count
 
-    def _context(self, text: str) -> dict[str, str]:
-        """Return the fields of a context that are watched, their values as names."""
+    def _context(self, text: str) -> tuple[tuple[str, str], ...]:
+        """Return the fields of a context that are watched, and their values as names."""
         found = self._contexts.get(text)
         if found is None:
             if len(self._contexts) >= MAX_CONTEXTS:
@@ -246,7 +248,7 @@ class Reader:
                 parsed = parse_context(text)
             except ValueError:
                 parsed = {}
-            found = {name: _name_of(value) for name, value in parsed.items() if name not in self._ignored}
+            found = tuple((name, _name_of(value)) for name, value in parsed.items() if name not in self._ignored)
             self._contexts[text] = found
         return found
 

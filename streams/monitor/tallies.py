@@ -46,14 +46,12 @@ class Step:
     delays: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(DELAY_BINS_MS) + 1))
     """Clicks by delay."""
 
-    def add(self, other: Step) -> None:
-        """Add another step."""
-        for each in fields(self):
-            mine, others = getattr(self, each.name), getattr(other, each.name)
-            if isinstance(mine, Counts):
-                mine.add(others)
-            else:
-                setattr(self, each.name, mine + others)
+    def add(self, other: Step, sign: float = 1.0) -> None:
+        """Add another step, or take it away again with the sign -1."""
+        for name in _COUNTS:
+            getattr(self, name).add(getattr(other, name), sign)
+        for name in _SUMS:
+            setattr(self, name, getattr(self, name) + sign * getattr(other, name))
 
     @property
     def normalized_entropy(self) -> float:
@@ -67,6 +65,10 @@ class Step:
     def loss_against_reference(self) -> float:
         """Log loss of the model / that of the reference on the same decisions; nan without any."""
         return self.paired_loss / self.reference_loss if self.reference_loss > 0 else math.nan
+
+
+_COUNTS: Final = [each.name for each in fields(Step) if each.default_factory is Counts]
+_SUMS: Final = [each.name for each in fields(Step) if each.default_factory is not Counts]
 
 
 def step_of(rows: Rows, base_rate: float) -> Step:
@@ -115,19 +117,15 @@ class Window:
     def __init__(self, length_ms: int) -> None:
         self._length_ms = length_ms
         self._steps: deque[tuple[int, Step]] = deque()
+        self.total = Step()
+        """Sums over the window."""
 
     def add(self, now_ms: int, step: Step) -> None:
         """Take a step."""
         self._steps.append((now_ms, step))
+        self.total.add(step)
         while self._steps[0][0] <= now_ms - self._length_ms:
-            self._steps.popleft()
-
-    def total(self) -> Step:
-        """Return the sums over the window."""
-        total = Step()
-        for _, step in self._steps:
-            total.add(step)
-        return total
+            self.total.add(self._steps.popleft()[1], -1.0)
 
 
 @dataclass(frozen=True, slots=True)
