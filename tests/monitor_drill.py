@@ -67,8 +67,10 @@ class _Predictor:
 class Drill:
     """A loop in virtual time around a monitor."""
 
-    def __init__(self, *, rate: float = 60.0, seed: int = 0, settings: MonitorSettings | None = None) -> None:
-        self.world = World(WorldConfig(seed=5, num_products=8, drift_every_s=DRIFT_S, drift_rate=0.6))
+    def __init__(
+        self, *, rate: float = 40.0, seed: int = 0, drift_rate: float = 1.0, settings: MonitorSettings | None = None
+    ) -> None:
+        self.world = World(WorldConfig(seed=5, num_products=8, drift_every_s=DRIFT_S, drift_rate=drift_rate))
         self.monitor = Monitor(
             settings
             or MonitorSettings(

@@ -3,7 +3,7 @@
 Bounds are those of the ratio clicks / predicted clicks:
 
     broken     below .75 or above 1.33: nobody should trust these predictions
-    moved      below .9 or above 1.1 of what is usual for this model, the error of "usual" added: something changed
+    moved      below .95 or above 1.05 of what is usual for this model, the error of "usual" added: something changed
     vanished   below .3, by the reference: clicks are missing rather than fewer
 """
 
@@ -17,7 +17,7 @@ from streams.monitor.evidence import MIN_CLICKS, MIN_EXAMPLES, ArmsTest, Calibra
 from streams.monitor.tallies import Step, Window
 
 BROKEN: Final = (0.75, 1.33)
-MOVED: Final = (0.9, 1.1)
+MOVED: Final = (0.95, 1.05)
 VANISHED: Final = 0.3
 REFERENCE_MARGIN: Final = 0.01
 """The reference must predict better by this share of the entropy of the click rate."""
@@ -25,7 +25,7 @@ BASE_MARGIN: Final = 0.005
 LEVEL_LIMITS: Final = (0.8, 1.25)
 LEVEL_CLICKS: Final = 20_000.0
 """What is usual is an average over about so many expected clicks."""
-WINDOW_MS: Final = 600_000
+WINDOW_MS: Final = 300_000
 
 
 class Level:
@@ -82,23 +82,22 @@ class CalibrationChecks:
         self.level, self.reference_level = Level(), Level()
         self._broken = _Side(BROKEN)
         self._moved = _Side(MOVED)
-        self._reference_below = CalibrationTest("below", MOVED[0])
+        self._reference_moved = _Side(MOVED)
         self._reference_holdout = _Side(BROKEN)
         self._vanished = CalibrationTest("below", VANISHED)
         self._rival = RivalTest(REFERENCE_MARGIN)
         self._base = RivalTest(BASE_MARGIN)
         self._arms = ArmsTest()
-        self.is_broken, self.has_moved, self.has_reference_moved = Latch(), Latch(), Latch()
-        self.has_vanished, self.is_worse_than_reference, self.is_worse_than_base = Latch(), Latch(), Latch()
-        self.is_worse_than_uniform = Latch()
+        self.has_vanished = Latch()
         self.reset()
 
     def reset(self) -> None:
-        """Begin all tests anew, with what is usual as it is."""
+        """Begin all tests anew but that for vanished clicks, with what is usual as it is."""
         for detector in self.detectors.values():
-            detector.reset()
+            if detector is not self._vanished.detector:
+                detector.reset()
         self.is_broken, self.has_moved, self.has_reference_moved = Latch(), Latch(), Latch()
-        self.has_vanished, self.is_worse_than_reference, self.is_worse_than_base = Latch(), Latch(), Latch()
+        self.is_worse_than_reference, self.is_worse_than_base = Latch(), Latch()
         self.is_worse_than_uniform = Latch()
 
     @property
@@ -109,7 +108,8 @@ class CalibrationChecks:
             "broken_above": self._broken.above.detector,
             "moved_below": self._moved.below.detector,
             "moved_above": self._moved.above.detector,
-            "reference_below": self._reference_below.detector,
+            "reference_below": self._reference_moved.below.detector,
+            "reference_above": self._reference_moved.above.detector,
             "reference_holdout_below": self._reference_holdout.below.detector,
             "reference_holdout_above": self._reference_holdout.above.detector,
             "vanished": self._vanished.detector,
@@ -120,7 +120,7 @@ class CalibrationChecks:
 
     @property
     def recent(self) -> Step:
-        """Sums over the last ten minutes."""
+        """Sums over the last five minutes."""
         return self.window.total
 
     @property
@@ -148,9 +148,12 @@ class CalibrationChecks:
     def renew_reference(self) -> None:
         """Begin anew what compares with the reference: it is another model now, and as good as the one that serves."""
         self.reference_level = self.level
-        for detector in (self._reference_below.detector, self._vanished.detector, self._rival.detector):
-            detector.reset()
-        for detector in self._reference_holdout.detectors:
+        for detector in (
+            *self._reference_moved.detectors,
+            *self._reference_holdout.detectors,
+            self._vanished.detector,
+            self._rival.detector,
+        ):
             detector.reset()
 
     def observe(self, step: Step, now_ms: int, *, is_trusted: bool) -> None:
@@ -185,9 +188,14 @@ class CalibrationChecks:
         self.is_broken.update(now_ms, alarm=alarm, is_well=_is_inside(recent.all, BROKEN))
         alarm = self._moved.observe(step.all, level, own)
         self.has_moved.update(now_ms, alarm=alarm, is_well=_is_inside(recent.all, MOVED, level))
-        alarm = self._reference_below.observe(step.reference, reference * (1.0 - error))
+        alarm = self._reference_moved.below.observe(step.reference, reference * (1.0 - error))
+        # More clicks than the reference expects come from a better policy, too, unless the newer model errs like it.
+        is_above = self._reference_moved.above.observe(step.reference, reference * (1.0 + error))
+        alarm |= is_above and recent.all.ratio > MOVED[1] * level
         alarm |= self._reference_holdout.observe(step.reference_holdout)
-        is_well = not _is_below(recent.reference, MOVED[0] * reference)
+        is_well = _is_inside(recent.reference, MOVED, reference) or (
+            recent.reference.ratio > 1.0 and _is_inside(recent.all, MOVED, level)
+        )
         self.has_reference_moved.update(now_ms, alarm=alarm, is_well=is_well)
         alarm = self._rival.observe(step.paired_loss - step.reference_loss, step.paired_entropy, step.all)
         is_well = not recent.loss_against_reference > 1.0 + REFERENCE_MARGIN

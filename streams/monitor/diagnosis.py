@@ -3,7 +3,7 @@
 Findings stand in the order in which they explain each other: when clicks do not arrive, predictions are wrong too, and
 nothing is said of those. So the first finding that is on gives the cause, and only findings of that cause become
 alerts. A finding waits a while if one before it is suspected, for the effect is often seen before its cause. What has
-been said stays until it is over, unless a finding of `OVERRIDING` causes comes: then the former was an effect.
+been said stays until it is over, unless the join breaks: then the former was an effect.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COOL_DOWN_MS: Final = 600_000
 """An alert that has ended does not begin again before this has passed."""
 REPEAT_MS: Final = 60_000
 """A firing alert is written again this often, with the numbers as they are now."""
-OVERRIDING: Final = (Cause.JOIN_BROKEN, Cause.PIPELINE_LATE)
+OVERRIDING: Final = Cause.JOIN_BROKEN
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,9 +75,8 @@ class Diagnosis:
         """
         ready = [finding for place, finding in enumerate(findings) if self._is_ready(findings, place, now_ms)]
         causes = [finding.cause for finding in ready]
-        overriding = next((cause for cause in causes if cause in OVERRIDING), None)
-        if overriding is not None:
-            self.cause = overriding
+        if OVERRIDING in causes:
+            self.cause = OVERRIDING
         elif self.cause not in causes and now_ms - self._last_on_ms >= CLEAR_MS:
             self.cause = causes[0] if causes else None
         if self.cause in causes:

@@ -66,6 +66,8 @@ class EDetector:
         self._since = Counts()
         self.evidence = 0.0
         """The logarithm of M_t, at least 0."""
+        self.alarmed = Counts()
+        """What led to the last alarm."""
 
     @property
     def is_suspicious(self) -> bool:
@@ -89,6 +91,7 @@ class EDetector:
         if self.evidence < self.threshold or not is_enough:
             return False
         self.num_alarms += 1
+        self.alarmed = self._since
         self.reset()
         return True
 
@@ -112,7 +115,7 @@ class CalibrationTest:
 
     def __init__(self, side: Literal["above", "below"], bound: float, threshold: float = THRESHOLD) -> None:
         self.side, self.bound = side, bound
-        steps: Sequence[float] = (1.15, 1.4, 2.0, 4.0) if side == "above" else (0.85, 0.7, 0.4, 0.1)
+        steps: Sequence[float] = (1.08, 1.25, 2.0, 4.0) if side == "above" else (0.92, 0.8, 0.5, 0.1)
         self._steps_A = np.array(steps)
         self.detector = EDetector(len(steps), threshold)
 

@@ -26,8 +26,8 @@ def findings_of(monitor: Monitor, now_ms: int) -> list[Finding]:
     """Return every finding, on or off, the explaining ones first."""
     return [
         *_join(monitor),
-        *_lateness(monitor, now_ms),
         *_learner_facts(monitor, now_ms),
+        *_lateness(monitor, now_ms),
         *_policy(monitor),
         _mix(monitor),
         *_models(monitor),
@@ -36,7 +36,7 @@ def findings_of(monitor: Monitor, now_ms: int) -> list[Finding]:
 
 def _join(monitor: Monitor) -> list[Finding]:
     delays, lateness, tally = monitor.delays, monitor.lateness, monitor.tally
-    reference = monitor.checks.recent.reference
+    vanished = monitor.checks.detectors["vanished"].alarmed
     early = lateness.early_share
     return [
         Finding(
@@ -82,8 +82,8 @@ def _join(monitor: Monitor) -> list[Finding]:
             is_on=monitor.checks.has_vanished.is_on,
             is_suspected=monitor.checks.detectors["vanished"].is_suspicious,
             summary=(
-                f"{reference.clicks:.0f} clicks where a model of before expects {reference.expected:.0f}: below "
-                f"{VANISHED:.0%}, in the uniform hold-out too, so clicks are missing rather than fewer"
+                f"{vanished.clicks:.0f} clicks where a model of before expects {vanished.expected:.0f}: below "
+                f"{VANISHED:.0%}, so clicks are missing rather than fewer"
             ),
             evidence=_calibration_evidence(monitor),
         ),
@@ -214,7 +214,7 @@ def _models(monitor: Monitor) -> list[Finding]:
     is_worse, has_moved = checks.is_worse_than_reference.is_on, checks.has_reference_moved.is_on
     is_unexplained = not has_moved and not any(
         detectors[name].is_suspicious
-        for name in ("reference_below", "reference_holdout_below", "reference_holdout_above")
+        for name in ("reference_below", "reference_above", "reference_holdout_below", "reference_holdout_above")
     )
     bounds = f"{BROKEN[0]:g} to {BROKEN[1]:g}"
     return [
@@ -224,7 +224,8 @@ def _models(monitor: Monitor) -> list[Finding]:
             severity=Severity.PAGE,
             is_on=is_worse,
             is_suspected=detectors["reference_predicts_better"].is_suspicious,
-            summary=f"a model of before predicts better: {recent.loss_against_reference:.3f} times its log loss",
+            summary=f"a model of before predicts better: {recent.reference.ratio:.2f} clicks for each predicted one, "
+            f"against {recent.all.ratio:.2f} of the one that serves",
             evidence=evidence,
         ),
         Finding(

@@ -160,11 +160,12 @@ class Monitor:
 
         Args:
             now_ms: The time.
-            facts: What was learned elsewhere; None: as before.
+            facts: What was learned elsewhere; None: nothing.
         """
-        self._take_facts(facts or self.facts, now_ms)
+        self._take_facts(facts or Facts(), now_ms)
         step = self._mature(now_ms)
         self.last_arrivals, self._arrivals = self._arrivals, Arrivals()
+        self.lateness.tick()
         current = self.models.current
         if self.last_arrivals.num:
             self.mix.observe(self.last_arrivals)
@@ -220,10 +221,10 @@ class Monitor:
             active: list[Finding] = []
         else:
             active = self.diagnosis.update(self.findings, now_ms)
-        if self.diagnosis.cause in OVERRIDING or self.facts.known_cause is not None:
+        if self.diagnosis.cause is OVERRIDING or self.facts.known_cause is not None:
             # Labels are wrong until the last decision of this time has matured.
             self._distrusted_until_ms = now_ms + self.settings.attribution_window_ms + 60_000
-        if before is not None and self.diagnosis.cause is not before:
+        if self.diagnosis.cause is not before and (before is not None or self.diagnosis.cause is OVERRIDING):
             # What else they found was an effect.
             self.checks.reset()
         self._accept(now_ms)

@@ -169,21 +169,28 @@ class Lateness:
 
     def __init__(self, label_wait_ms: int) -> None:
         self._label_wait_ms = label_wait_ms
-        self._late_ms: deque[int] = deque(maxlen=64)
-        self._early: deque[float] = deque(maxlen=64)
+        self._late_ms: list[int] = []
+        self._num = self._num_early = 0
+        self._shares: deque[float] = deque([0.0], maxlen=6)
+        self.seconds = math.nan
+        """Median over the records of the last step, nan before the first."""
 
     def observe(self, time_ms: NDArray[np.int64], written_ms: int) -> None:
         """Take the impressions of a record without late positives."""
         due_ms = time_ms + self._label_wait_ms
         self._late_ms.append(written_ms - int(due_ms.max()))
-        self._early.append(float((due_ms > written_ms + 2_000).mean()))
+        self._num += len(due_ms)
+        self._num_early += int((due_ms > written_ms + 2_000).sum())
 
-    @property
-    def seconds(self) -> float:
-        """Median over the last records, nan before the first."""
-        return statistics.median(self._late_ms) / 1000 if self._late_ms else math.nan
+    def tick(self) -> None:
+        """End a step."""
+        if self._num:
+            self.seconds = statistics.median(self._late_ms) / 1000
+            self._shares.append(self._num_early / self._num)
+        self._late_ms = []
+        self._num = self._num_early = 0
 
     @property
     def early_share(self) -> float:
-        """Share of the examples of the last records that came before they were due."""
-        return sum(self._early) / len(self._early) if self._early else 0.0
+        """Share of the examples of the last steps that came before they were due."""
+        return sum(self._shares) / len(self._shares)
