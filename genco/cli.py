@@ -101,6 +101,15 @@ def _archive(_: argparse.Namespace) -> None:
     run(load(ArchiveSettings))
 
 
+def _monitor(_: argparse.Namespace) -> None:
+    from genco.outlook import RegistryOutlook
+    from streams.contracts.settings import MonitorSettings
+    from streams.monitor.agent import run
+
+    settings = load(MonitorSettings)
+    run(settings, RegistryOutlook(settings))
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     from genco.demo import run
 
@@ -337,6 +346,7 @@ def _parser() -> argparse.ArgumentParser:
         verb("join", _join, "joins impressions and clicks into examples"),
         learn,
         verb("archive", _archive, "writes examples to Parquet files"),
+        verb("monitor", _monitor, "tells what went wrong, the world or us"),
     ):
         process.formatter_class = argparse.RawDescriptionHelpFormatter
         process.epilog = _settings_help()

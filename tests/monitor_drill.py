@@ -19,7 +19,7 @@ from streams.contracts.alerts import Alert
 from streams.contracts.examples import EXAMPLE_SCHEMA, ExampleBatch
 from streams.contracts.registry import Version
 from streams.monitor.models import Model
-from streams.monitor.monitor import Facts, Monitor, MonitorSettings
+from streams.monitor.monitor import Facts, Monitor, MonitorBounds
 
 START_MS: Final = 1_764_000_000_000
 STEP_S: Final = 10.0
@@ -68,12 +68,12 @@ class Drill:
     """A loop in virtual time around a monitor."""
 
     def __init__(
-        self, *, rate: float = 40.0, seed: int = 0, drift_rate: float = 1.0, settings: MonitorSettings | None = None
+        self, *, rate: float = 40.0, seed: int = 0, drift_rate: float = 1.0, bounds: MonitorBounds | None = None
     ) -> None:
         self.world = World(WorldConfig(seed=5, num_products=8, drift_every_s=DRIFT_S, drift_rate=drift_rate))
         self.monitor = Monitor(
-            settings
-            or MonitorSettings(
+            bounds
+            or MonitorBounds(
                 attribution_window_ms=int(1000 * WINDOW_S), label_wait_ms=int(1000 * LABEL_WAIT_S), warm_examples=10_000
             )
         )

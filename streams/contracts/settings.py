@@ -244,7 +244,24 @@ class ArchiveSettings(KafkaSettings, MetricsSettings):
     """Memory for examples, over all partitions; beyond it the fullest is written at once, which takes as much again."""
 
 
-ALL: Final[tuple[type[_Settings], ...]] = (JoinSettings, LearnSettings, ServeSettings, ArchiveSettings)
+class MonitorSettings(KafkaSettings, RedisSettings, SigningSettings, WindowSettings, MetricsSettings):
+    """Settings of `genco monitor`."""
+
+    monitor_group: str = "genco-monitor"
+    """Consumer group of the monitor. One process of a group watches; each start reads the last attribution window."""
+    monitor_interval_ms: Annotated[int, Field(ge=1_000, le=60_000)] = 10_000
+    """What has come is judged this often, and the registry is asked for the policy that serves."""
+    monitor_warm_examples: Annotated[int, Field(ge=0, le=100_000_000)] = 20_000
+    """Matured decisions with a prediction that pass before labels are judged: a young model is wrong, and learns."""
+    monitor_stale_ms: Annotated[int, Field(ge=1_000, le=86_400_000)] = 60_000
+    """A policy that is this far behind the newest example is a ticket, five times as far a page."""
+    monitor_late_ms: Annotated[int, Field(ge=1_000, le=86_400_000)] = 60_000
+    """Examples that are written this long after they were due are late."""
+    monitor_ignored_fields: str = "hour,minute,weekday,day"
+    """Fields of the context that move by themselves, separated by commas: their mix is not watched."""
+
+
+ALL: Final[tuple[type[_Settings], ...]] = (JoinSettings, LearnSettings, ServeSettings, ArchiveSettings, MonitorSettings)
 
 SettingsT = TypeVar("SettingsT", bound=_Settings)
 
@@ -322,6 +339,7 @@ def document() -> str:
         "learn": LearnSettings,
         "serve": ServeSettings,
         "archive": ArchiveSettings,
+        "monitor": MonitorSettings,
     }
     fields = {name: info for settings in ALL for name, info in settings.model_fields.items()}
     lines = [

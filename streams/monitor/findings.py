@@ -92,8 +92,8 @@ def _join(monitor: Monitor) -> list[Finding]:
 
 def _lateness(monitor: Monitor, now_ms: int) -> list[Finding]:
     stale_s, late_s = monitor.staleness_ms / 1000, monitor.lateness.seconds
-    settings = monitor.settings
-    is_old = monitor.staleness_ms > 5 * settings.stale_ms
+    bounds = monitor.bounds
+    is_old = monitor.staleness_ms > 5 * bounds.stale_ms
     return [
         Finding(
             name="ConsumerLagGrowing",
@@ -102,7 +102,7 @@ def _lateness(monitor: Monitor, now_ms: int) -> list[Finding]:
             is_on=_persists(monitor.tally.late_since_ms, now_ms, 3 * PERSIST_MS),
             is_suspected=monitor.tally.late_since_ms is not None,
             summary=f"examples are written {late_s:.0f} s after they were due; expected at most "
-            f"{settings.late_ms / 1000:.0f} s",
+            f"{bounds.late_ms / 1000:.0f} s",
             evidence={"late_seconds": late_s, "unread_records": float(monitor.facts.lag)},
         ),
         Finding(
@@ -112,7 +112,7 @@ def _lateness(monitor: Monitor, now_ms: int) -> list[Finding]:
             is_on=_persists(monitor.tally.stale_since_ms, now_ms, PERSIST_MS),
             is_suspected=monitor.tally.stale_since_ms is not None,
             summary=f"the model that serves has learned nothing of the last {stale_s:.0f} s of examples; expected at "
-            f"most {settings.stale_ms / 1000:.0f} s",
+            f"most {bounds.stale_ms / 1000:.0f} s",
             evidence={"stale_seconds": stale_s, "late_seconds": late_s},
         ),
     ]

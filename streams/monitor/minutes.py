@@ -21,6 +21,8 @@ Key = tuple[str, str]
 """Signal and detector."""
 MINUTE_MS: Final = 60_000
 MIN_EXPECTED: Final = 10.0
+KNOWN_CLICKS: Final = 500.0
+"""From so many clicks on the usual click rate is known."""
 SIGNALS: Final = ("calibration", "reference_calibration", "click_rate", "policy_entropy")
 HOUR: Final = 60
 """Looks over which a detector is compared with random alarms."""
@@ -65,7 +67,7 @@ class Minutes:
     def _values(self, step: Step, checks: CalibrationChecks, policy: PolicyHealth) -> dict[str, float]:
         clicks = step.policy_arm.clicks + step.uniform_arm.clicks
         usual = (step.policy_arm.num + step.uniform_arm.num) * self.base_rate
-        values = {"click_rate": (clicks - usual) / math.sqrt(usual)}
+        values = {"click_rate": (clicks - usual) / math.sqrt(usual)} if self._clicks >= KNOWN_CLICKS else {}
         if step.all.expected > 0:
             values["calibration"] = _residual(step.all, checks.level.value)
         if step.reference.expected > 0:

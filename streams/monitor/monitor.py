@@ -32,7 +32,7 @@ _PREDICTION_BINS: Final = np.linspace(-8.0, 2.0, 21)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MonitorSettings:
+class MonitorBounds:
     """What the monitor must know of the loop, and its bounds."""
 
     model_id: str = "default"
@@ -86,19 +86,19 @@ class _Tally:
 class Monitor:
     """Everything that is known about the loop of one model."""
 
-    def __init__(self, settings: MonitorSettings) -> None:
-        self.settings = settings
+    def __init__(self, bounds: MonitorBounds) -> None:
+        self.bounds = bounds
         self.models = Models()
         self.clocks = PartitionClocks()
-        self.maturing = Maturing(settings.attribution_window_ms)
-        self.checks = CalibrationChecks(settings.warm_examples)
+        self.maturing = Maturing(bounds.attribution_window_ms)
+        self.checks = CalibrationChecks(bounds.warm_examples)
         self.minutes = Minutes()
         self.mix, self.policy, self.delays = Mix(), PolicyHealth(), Delays()
         self.predictions = Stability()
-        self.lateness = Lateness(settings.label_wait_ms)
+        self.lateness = Lateness(bounds.label_wait_ms)
         self.products, self.elements, self.versions = Slices(), Slices(), Slices()
-        self.reader = Reader(settings.ignored_fields)
-        self.diagnosis, self.episodes = Diagnosis(), Episodes(settings.model_id)
+        self.reader = Reader(bounds.ignored_fields)
+        self.diagnosis, self.episodes = Diagnosis(), Episodes(bounds.model_id)
         self.facts = Facts()
         self.tally = _Tally()
         self.findings: list[Finding] = []
@@ -202,9 +202,9 @@ class Monitor:
         share = facts.num_dead_letters / max(self._arrivals.num + facts.num_dead_letters, 1)
         tally.dead_letter_share += 0.1 * (share - tally.dead_letter_share)
         tally.refused_since_ms = _since(tally.refused_since_ms, bool(facts.refused), now_ms)
-        is_stale = self.staleness_ms > self.settings.stale_ms and not facts.is_held
+        is_stale = self.staleness_ms > self.bounds.stale_ms and not facts.is_held
         tally.stale_since_ms = _since(tally.stale_since_ms, is_stale, now_ms)
-        is_late = self.lateness.seconds * 1000 > self.settings.late_ms
+        is_late = self.lateness.seconds * 1000 > self.bounds.late_ms
         tally.late_since_ms = _since(tally.late_since_ms, is_late, now_ms)
 
     @property
@@ -223,7 +223,7 @@ class Monitor:
             active = self.diagnosis.update(self.findings, now_ms)
         if self.diagnosis.cause is OVERRIDING or self.facts.known_cause is not None:
             # Labels are wrong until the last decision of this time has matured.
-            self._distrusted_until_ms = now_ms + self.settings.attribution_window_ms + 60_000
+            self._distrusted_until_ms = now_ms + self.bounds.attribution_window_ms + 60_000
         if self.diagnosis.cause is not before and (before is not None or self.diagnosis.cause is OVERRIDING):
             # What else they found was an effect.
             self.checks.reset()
