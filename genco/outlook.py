@@ -14,6 +14,7 @@ from typing import Final
 
 import numpy as np
 import redis
+from kafka import KafkaConsumer
 from kafka.errors import KafkaError
 
 from serving.policy import DecisionRequest, Policy
@@ -57,6 +58,7 @@ class RegistryOutlook:
         self._revision: int | None = None
         self._served: Version | None = None
         self._policies: OrderedDict[Version, _Known] = OrderedDict()
+        self._letters: KafkaConsumer | None = None
         self._num_letters: int | None = None
 
     def look(self, now_ms: int, recent: Sequence[ExampleBatch]) -> Look:
@@ -125,11 +127,9 @@ class RegistryOutlook:
     def _new_letters(self) -> int:
         """Return how many records came to the topic `dead_letters` since the last look."""
         try:
-            consumer = kafka_consumer(self._settings)
-            try:
-                ends = consumer.end_offsets(assign_whole_topic(consumer, DEAD_LETTERS))
-            finally:
-                consumer.close()
+            if self._letters is None:
+                self._letters = kafka_consumer(self._settings)
+            ends = self._letters.end_offsets(assign_whole_topic(self._letters, DEAD_LETTERS))
         except (KafkaError, UnreachableError) as error:
             logger.warning("dead letters not counted", extra={"cause": f"{type(error).__name__}: {error}"[:200]})
             return 0

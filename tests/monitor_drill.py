@@ -7,7 +7,7 @@ truth of a while ago. A scenario breaks one thing at a time that is known. Hours
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
 import numpy as np
@@ -175,7 +175,7 @@ class Drill:
 
     def _impressions(self, trouble: Trouble) -> tuple[ExampleBatch, ExampleBatch]:
         """Return the examples whose wait is over in this step, and their late positives."""
-        rng, num, config = self.rng, self.num_step, self.world.config
+        rng, num = self.rng, self.num_step
         requests = self.world.requests(rng, num, 0.0)
         if trouble.is_mix_moved:
             requests = replace(requests, product=np.where(rng.random(num) < 0.6, 3, requests.product))
@@ -198,10 +198,10 @@ class Drill:
             "holdout": is_holdout,
             "kind": np.where(is_click & in_time, "final", "provisional"),
         }
-        batch = self._batch(requests, creatives, slot_p, columns, config.slots)
-        is_late = np.flatnonzero(is_click & ~in_time)
+        batch = self._batch(requests, creatives, slot_p, columns)
+        rows = np.flatnonzero(is_click & ~in_time)
         columns |= {"is_click": is_click, "kind": np.full(num, "late_positive")}
-        return batch, self._batch(requests, creatives, slot_p, columns, config.slots).take(is_late)
+        return batch, self._batch(requests, creatives, slot_p, columns, rows)
 
     def _choose(self, requests: Requests, trouble: Trouble) -> tuple[Any, Any, Any]:
         """Return creatives, slot propensities given the earlier slots (N, S), and whether the uniform share chose."""
@@ -220,9 +220,14 @@ class Drill:
         slot_p = joint / np.concatenate([np.ones((num, 1)), joint[:, :-1]], axis=1)
         return creatives, slot_p, is_holdout
 
-    def _batch(self, requests: Requests, creatives: Any, slot_p: Any, columns: Any, slots: Any) -> ExampleBatch:
-        num = len(requests)
-        seed = self.first_seed + self.logits.shape[1] - num + np.arange(num)
+    def _batch(self, requests: Requests, creatives: Any, slot_p: Any, columns: Any, rows: Any = None) -> ExampleBatch:
+        """Return the impressions of this step as examples, or some rows of them."""
+        seed = self.first_seed + self.logits.shape[1] - len(requests) + np.arange(len(requests))
+        if rows is not None:
+            requests = Requests(**{each.name: getattr(requests, each.name)[rows] for each in fields(requests)})
+            creatives, slot_p, seed = creatives[rows], slot_p[rows], seed[rows]
+            columns = {name: column[rows] for name, column in columns.items()}
+        num, slots = len(requests), self.world.config.slots
         context = (requests.device * len(SEGMENTS) + requests.segment) * HOURS + requests.hour
         offsets = pa.array(np.arange(num + 1) * len(slots), pa.int32())
         names = pa.array(np.tile(slots, num))

@@ -3,12 +3,13 @@
 Bounds are those of the ratio clicks / predicted clicks:
 
     broken     below .75 or above 1.33: nobody should trust these predictions
-    moved      below .95 or above 1.05 of what is usual for this model, the error of "usual" added: something changed
+    moved      below .95 or above 1.05, and of what is usual for this model, its error added: something changed
     vanished   below .3, by the reference: clicks are missing rather than fewer
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Final
 
@@ -23,7 +24,7 @@ REFERENCE_MARGIN: Final = 0.01
 """The reference must predict better by this share of the entropy of the click rate."""
 BASE_MARGIN: Final = 0.005
 LEVEL_LIMITS: Final = (0.8, 1.25)
-LEVEL_CLICKS: Final = 20_000.0
+LEVEL_CLICKS: Final = 5_000.0
 """What is usual is an average over about so many expected clicks."""
 WINDOW_MS: Final = 300_000
 
@@ -41,9 +42,13 @@ class Level:
         return min(max(self._counts.ratio, low), high)
 
     @property
-    def error(self) -> float:
-        """Twice its relative standard error."""
-        return 2.0 / math.sqrt(self._counts.expected)
+    def band(self) -> tuple[float, float]:
+        """Ratios that are nothing new: around 1 and the usual one, with twice the error of that.
+
+        A model that was wrong and gets right does not alarm.
+        """
+        error = 2.0 / math.sqrt(self._counts.expected)
+        return MOVED[0] * min(self.value, 1.0) * (1.0 - error), MOVED[1] * max(self.value, 1.0) * (1.0 + error)
 
     def observe(self, counts: Counts) -> None:
         """Take a step."""
@@ -53,15 +58,13 @@ class Level:
 
 
 class _Side:
-    """Two tests of a ratio, of which only the bound can move."""
+    """Two tests of a ratio."""
 
-    def __init__(self, bounds: tuple[float, float]) -> None:
-        self.below = CalibrationTest("below", bounds[0])
-        self.above = CalibrationTest("above", bounds[1])
+    def __init__(self) -> None:
+        self.below, self.above = CalibrationTest("below"), CalibrationTest("above")
 
-    def observe(self, counts: Counts, level: float = 1.0, error: float = 0.0) -> bool:
-        is_below = self.below.observe(counts, level * (1.0 - error))
-        is_above = self.above.observe(counts, level * (1.0 + error))
+    def observe(self, counts: Counts, band: tuple[float, float]) -> bool:
+        is_below, is_above = self.below.observe(counts, band[0]), self.above.observe(counts, band[1])
         return is_below or is_above
 
     @property
@@ -80,11 +83,11 @@ class CalibrationChecks:
         self._warm_left = float(warm_examples)
         self.window = Window(WINDOW_MS)
         self.level, self.reference_level = Level(), Level()
-        self._broken = _Side(BROKEN)
-        self._moved = _Side(MOVED)
-        self._reference_moved = _Side(MOVED)
-        self._reference_holdout = _Side(BROKEN)
-        self._vanished = CalibrationTest("below", VANISHED)
+        self._broken = _Side()
+        self._moved = _Side()
+        self._reference_moved = _Side()
+        self._reference_holdout = _Side()
+        self._vanished = CalibrationTest("below")
         self._rival = RivalTest(REFERENCE_MARGIN)
         self._base = RivalTest(BASE_MARGIN)
         self._arms = ArmsTest()
@@ -147,7 +150,7 @@ class CalibrationChecks:
 
     def renew_reference(self) -> None:
         """Begin anew what compares with the reference: it is another model now, and as good as the one that serves."""
-        self.reference_level = self.level
+        self.reference_level = copy.copy(self.level)
         for detector in (
             *self._reference_moved.detectors,
             *self._reference_holdout.detectors,
@@ -172,7 +175,7 @@ class CalibrationChecks:
             self.level.observe(step.all)
             self.reference_level.observe(step.reference)
             return
-        is_alarm = self._vanished.observe(step.reference)
+        is_alarm = self._vanished.observe(step.reference, VANISHED)
         self.has_vanished.update(now_ms, alarm=is_alarm, is_well=not _is_below(recent.reference, 2 * VANISHED))
         if not is_trusted:
             return
@@ -182,20 +185,18 @@ class CalibrationChecks:
             self.reference_level.observe(step.reference)
 
     def _observe_models(self, step: Step, recent: Step, now_ms: int) -> None:
-        level, own = self.level.value, self.level.error
-        reference, error = self.reference_level.value, self.reference_level.error
-        alarm = self._broken.observe(step.all)
+        band, reference_band = self.level.band, self.reference_level.band
+        alarm = self._broken.observe(step.all, BROKEN)
         self.is_broken.update(now_ms, alarm=alarm, is_well=_is_inside(recent.all, BROKEN))
-        alarm = self._moved.observe(step.all, level, own)
-        self.has_moved.update(now_ms, alarm=alarm, is_well=_is_inside(recent.all, MOVED, level))
-        alarm = self._reference_moved.below.observe(step.reference, reference * (1.0 - error))
+        alarm = self._moved.observe(step.all, band)
+        self.has_moved.update(now_ms, alarm=alarm, is_well=_is_inside(recent.all, band))
+        alarm = self._reference_moved.below.observe(step.reference, reference_band[0])
         # More clicks than the reference expects come from a better policy, too, unless the newer model errs like it.
-        is_above = self._reference_moved.above.observe(step.reference, reference * (1.0 + error))
-        alarm |= is_above and recent.all.ratio > MOVED[1] * level
-        alarm |= self._reference_holdout.observe(step.reference_holdout)
-        is_well = _is_inside(recent.reference, MOVED, reference) or (
-            recent.reference.ratio > 1.0 and _is_inside(recent.all, MOVED, level)
-        )
+        is_above = self._reference_moved.above.observe(step.reference, reference_band[1])
+        alarm |= is_above and recent.all.ratio > band[1]
+        alarm |= self._reference_holdout.observe(step.reference_holdout, BROKEN)
+        is_better = recent.reference.ratio > 1.0 and _is_inside(recent.all, band)
+        is_well = is_better or _is_inside(recent.reference, reference_band)
         self.has_reference_moved.update(now_ms, alarm=alarm, is_well=is_well)
         alarm = self._rival.observe(step.paired_loss - step.reference_loss, step.paired_entropy, step.all)
         is_well = not recent.loss_against_reference > 1.0 + REFERENCE_MARGIN
@@ -216,5 +217,5 @@ def _is_below(counts: Counts, bound: float) -> bool:
     return _is_enough(counts) and counts.ratio < bound
 
 
-def _is_inside(counts: Counts, bounds: tuple[float, float], level: float = 1.0) -> bool:
-    return not _is_enough(counts) or bounds[0] * level <= counts.ratio <= bounds[1] * level
+def _is_inside(counts: Counts, band: tuple[float, float]) -> bool:
+    return not _is_enough(counts) or band[0] <= counts.ratio <= band[1]

@@ -113,20 +113,18 @@ class CalibrationTest:
     whenever m <= c p; for r < c whenever m >= c p. So only the sums of y and p are needed.
     """
 
-    def __init__(self, side: Literal["above", "below"], bound: float, threshold: float = THRESHOLD) -> None:
-        self.side, self.bound = side, bound
+    def __init__(self, side: Literal["above", "below"], threshold: float = THRESHOLD) -> None:
         steps: Sequence[float] = (1.08, 1.25, 2.0, 4.0) if side == "above" else (0.92, 0.8, 0.5, 0.1)
         self._steps_A = np.array(steps)
         self.detector = EDetector(len(steps), threshold)
 
-    def observe(self, counts: Counts, level: float = 1.0) -> bool:
+    def observe(self, counts: Counts, bound: float) -> bool:
         """Take a step and return whether it raises an alarm.
 
         Args:
             counts: Of examples that were predicted before their labels were known.
-            level: The ratio of clicks to predictions that is usual, known from before; the bound is relative to it.
+            bound: c, which may follow from earlier steps.
         """
-        bound = self.bound * level
         gained_A = counts.clicks * np.log(self._steps_A) - (self._steps_A - 1.0) * bound * counts.expected
         return self.detector.observe(gained_A, counts)
 
