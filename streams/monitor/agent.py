@@ -35,6 +35,8 @@ from streams.watchdog import Watchdog
 logger = logging.getLogger(__name__)
 
 RECENT_RECORDS: Final = 50
+FALLBACK_RECORDS: Final = 2_000
+"""Of a partition that are read again where the broker does not say which belong to the window."""
 STALL_TIMEOUT_S: Final = 120.0
 ADOPT_AFTER_TICKS: Final = 3
 """After so many ticks the alerts of a process before this one have been read."""
@@ -231,8 +233,12 @@ def commit_window_back(settings: MonitorSettings, now: int) -> None:
     try:
         places: list[TopicPartition] = assign_whole_topic(consumer, EXAMPLES)
         found = consumer.offsets_for_times(dict.fromkeys(places, since_ms))
-        ends = consumer.end_offsets(places)
-        begins = {place: found[place].offset if found.get(place) else ends[place] for place in places}
+        first, ends = consumer.beginning_offsets(places), consumer.end_offsets(places)
+        # None: everything is older; or the broker looks up no times, as the embedded one.
+        begins = {
+            place: found[place].offset if found.get(place) else max(first[place], ends[place] - FALLBACK_RECORDS)
+            for place in places
+        }
         consumer.commit({place: OffsetAndMetadata(offset, "", -1) for place, offset in begins.items()})
     except KafkaError as error:
         # Such as another monitor in the group, which has read further anyway.
