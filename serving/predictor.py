@@ -10,7 +10,7 @@ columns, U distinct contexts.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +22,9 @@ from streams.contracts.snapshot import unpack_pairs
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
+
+MAX_CONTEXTS: Final = 16_384
+"""Contexts whose numbers are kept."""
 
 
 class Predictor:
@@ -38,6 +41,7 @@ class Predictor:
         self._content_EF: FloatArray = np.pad(tensors["element_content"] + tensors["trait"], ((0, 1), (0, 0)))
         self._element_ED: FloatArray = np.pad(tensors["element"], ((0, 1), (0, 0)))
         self._product_PD: FloatArray = np.pad(tensors["product"], ((0, 1), (0, 0)))
+        self._rows: dict[str, FloatArray] = {}
         self._bias = float(tensors["mean.bias"][0])
         self._context_C: FloatArray = tensors["mean.context"]
         self._content_SF: FloatArray = tensors["mean.content"]
@@ -96,8 +100,14 @@ class Predictor:
         return out
 
     def _contexts(self, column: pa.Array) -> tuple[FloatArray, IntArray]:
+        """Return the distinct contexts as numbers, (U, C), and which one each example has, (N,)."""
         texts, context_N = _distinct(column)
-        return self._spec.context_matrix([_parsed(text) for text in texts]), context_N
+        if len(self._rows) + len(texts) > MAX_CONTEXTS:
+            self._rows.clear()
+        missing = [text for text in texts if text not in self._rows]
+        self._rows.update(zip(missing, self._spec.context_matrix([_parsed(text) for text in missing]), strict=True))
+        rows = [self._rows[text] for text in texts]
+        return np.array(rows, np.float32).reshape(len(texts), len(self._spec.context)), context_N
 
     def _products(self, column: pa.Array) -> IntArray:
         names, product_N = _distinct(column)

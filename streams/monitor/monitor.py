@@ -168,7 +168,7 @@ class Monitor:
         self.lateness.tick()
         current = self.models.current
         if self.last_arrivals.num:
-            self.mix.observe(self.last_arrivals)
+            self.mix.observe(self.last_arrivals.products, self.reader.fields(self.last_arrivals.contexts))
             self.policy.observe(self.last_arrivals, current.epsilon if current is not None else 0.01)
         if step is not None:
             self.delays.observe(step.delays)

@@ -90,8 +90,8 @@ class Arrivals:
     slot_weight: dict[str, float] = field(default_factory=dict)
     """Sum of 1 / (p_s |A_s|) of each slot."""
     products: Counter[str] = field(default_factory=Counter)
-    context: dict[str, Counter[str]] = field(default_factory=dict)
-    """Field -> value -> how often."""
+    contexts: Counter[str] = field(default_factory=Counter)
+    """JSON of the context -> how often."""
 
     def add(self, other: Arrivals) -> None:
         """Add the sums of other impressions."""
@@ -103,8 +103,7 @@ class Arrivals:
         for slot, weight in other.slot_weight.items():
             self.slot_weight[slot] = self.slot_weight.get(slot, 0.0) + weight
         self.products.update(other.products)
-        for name, counts in other.context.items():
-            self.context.setdefault(name, Counter()).update(counts)
+        self.contexts.update(other.contexts)
 
     @property
     def entropy_ratio(self) -> float:
@@ -208,7 +207,8 @@ class Reader:
             min_scaled=float(scaled_N.min()),
         )
         self._read_slots(out, columns.column("slot_propensities"), log_p_N, slots, sizes)
-        self._read_mix(out, columns)
+        out.products.update(_counted(columns.column("product_id")))
+        out.contexts.update(_counted(columns.column("context")))
         return out
 
     def _read_slots(
@@ -228,15 +228,15 @@ class Reader:
         out.slot_num.update(dict(zip(names, num, strict=True)))
         out.slot_weight.update(dict(zip(names, weight, strict=True)))
 
-    def _read_mix(self, out: Arrivals, columns: pa.RecordBatch) -> None:
-        products, product_N = _distinct(columns.column("product_id"))
-        out.products.update(_counted(products, product_N))
-        texts, context_N = _distinct(columns.column("context"))
-        for text, count in _counted(texts, context_N).items():
+    def fields(self, contexts: Mapping[str, int]) -> dict[str, Counter[str]]:
+        """Return field -> value -> how often, for contexts that are counted."""
+        out: dict[str, Counter[str]] = {}
+        for text, count in contexts.items():
             for name, value in self._context(text):
-                if name not in out.context:
-                    out.context[name] = Counter()
-                out.context[name][value] += count
+                if name not in out:
+                    out[name] = Counter()
+                out[name][value] += count
+        return out
 
     def _context(self, text: str) -> tuple[tuple[str, str], ...]:
         """Return the fields of a context that are watched, and their values as names."""
@@ -258,7 +258,8 @@ def _name_of(value: ContextValue) -> str:
     return f"{value:.1g}" if isinstance(value, float) else str(value)
 
 
-def _counted(names: list[str], codes: IntArray) -> Mapping[str, int]:
+def _counted(texts: pa.Array) -> Mapping[str, int]:
+    names, codes = _distinct(texts)
     return dict(zip(names, np.bincount(codes, minlength=len(names)).tolist(), strict=True))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
@@ -40,10 +41,10 @@ class Mix:
     def __init__(self) -> None:
         self.features: dict[str, Stability] = {"product": Stability()}
 
-    def observe(self, arrivals: Arrivals) -> None:
-        """Take impressions."""
-        self.features["product"].observe(arrivals.products)
-        for name, counts in arrivals.context.items():
+    def observe(self, products: Mapping[str, int], fields: Mapping[str, Mapping[str, int]]) -> None:
+        """Take impressions, counted by product, and by field of the context and its value."""
+        self.features["product"].observe(products)
+        for name, counts in fields.items():
             key = f"context.{name}"
             if key in self.features or len(self.features) < MAX_FEATURES:
                 self.features.setdefault(key, Stability()).observe(counts)

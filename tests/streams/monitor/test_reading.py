@@ -41,7 +41,8 @@ def batch() -> ExampleBatch:
 
 
 def test_arrivals_are_sums_over_the_decisions() -> None:
-    found = Reader(frozenset({"hour"})).arrivals(batch())
+    reader = Reader(frozenset({"hour"}))
+    found = reader.arrivals(batch())
     assert (found.num, found.num_holdout, found.num_fallback, found.num_inconsistent) == (3, 1, 1, 0)
     assert found.surprise == pytest.approx(-math.log(0.81) - math.log(0.045))
     assert found.log_actions == pytest.approx(2 * math.log(6))
@@ -49,7 +50,7 @@ def test_arrivals_are_sums_over_the_decisions() -> None:
     assert found.min_scaled == pytest.approx(6 * 0.045)
     assert found.slot_weight == pytest.approx({"title": 1 / 2.7 + 1 / 0.15 + 1, "image": 2 / 1.8})
     assert found.products == {"p": 2, "q": 1}
-    assert found.context == {"device": {"ios": 1, "web": 1}, "price": {"1e+01": 2}}
+    assert reader.fields(found.contexts) == {"device": {"ios": 1, "web": 1}, "price": {"1e+01": 2}}
 
 
 def test_propensity_that_is_not_the_product_of_its_slots_is_seen() -> None:
