@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import faust
+import numpy as np
 from aiokafka import AIOKafkaProducer
 from faust.types import TP
 from kafka import TopicPartition
@@ -35,6 +36,8 @@ from streams.watchdog import Watchdog
 logger = logging.getLogger(__name__)
 
 RECENT_RECORDS: Final = 50
+TOGETHER: Final = 5_000
+"""So many examples are handed on at once, at the latest with the next tick."""
 FALLBACK_RECORDS: Final = 2_000
 """Of a partition that are read again where the broker does not say which belong to the window."""
 STALL_TIMEOUT_S: Final = 120.0
@@ -79,6 +82,8 @@ class MonitorProcess:
         self.monitor = Monitor(bounds_of(settings))
         self._report = MonitorReport(settings.model_id)
         self._recent: deque[ExampleBatch] = deque(maxlen=RECENT_RECORDS)
+        self._waiting: dict[int, list[tuple[ExampleBatch, int]]] = {}
+        self._num_waiting = 0
         self._reached: dict[int, int] = {}
         """Partition -> offset of the next record."""
         self._others: dict[str, Alert] = {}
@@ -89,6 +94,8 @@ class MonitorProcess:
     def assign(self, partitions: set[int]) -> None:
         """Watch these partitions."""
         self._reached = {}
+        self._waiting.clear()
+        self._num_waiting = 0
         self.monitor.clocks.assign(partitions, now_ms())
 
     def add(self, message: Any) -> None:
@@ -99,8 +106,19 @@ class MonitorProcess:
         except ValueError as error:
             logger.warning("record left out", extra={"offset": message.offset, "error": str(error)[:200]})
             return
-        self.monitor.add(batch, message.partition, round(message.timestamp * 1000), now_ms())
         self._recent.append(batch)
+        self._waiting.setdefault(message.partition, []).append((batch, round(message.timestamp * 1000)))
+        self._num_waiting += len(batch)
+        if self._num_waiting >= TOGETHER:
+            self._hand_on()
+
+    def _hand_on(self) -> None:
+        """Let the monitor take what waits, the records of a partition together: small ones cost by the record."""
+        for partition, records in self._waiting.items():
+            written_N = np.repeat([written_ms for _, written_ms in records], [len(batch) for batch, _ in records])
+            self.monitor.add(ExampleBatch.concat([batch for batch, _ in records]), partition, written_N, now_ms())
+        self._waiting.clear()
+        self._num_waiting = 0
 
     def add_alert(self, value: bytes) -> None:
         """Take a record of `alerts` that another process may have written."""
@@ -147,6 +165,7 @@ class MonitorProcess:
             lag=self._lag(),
             known_cause=None if foreign is None else foreign.cause,
         )
+        self._hand_on()
         now = now_ms()
         alerts = self.monitor.tick(now, facts)
         self._ticks += 1

@@ -21,7 +21,7 @@ from streams.monitor.findings import findings_of
 from streams.monitor.maturing import Maturing, PartitionClocks
 from streams.monitor.minutes import Minutes
 from streams.monitor.models import Model, Models
-from streams.monitor.reading import Arrivals, Reader, version_name
+from streams.monitor.reading import Arrivals, IntArray, Reader, version_name
 from streams.monitor.tallies import Slices, Step, step_of
 from streams.monitor.traffic import Delays, Lateness, Mix, PolicyHealth
 
@@ -127,13 +127,13 @@ class Monitor:
                 usual[name] = norm if before is None else 0.9 * before + 0.1 * norm
         self.tally.norm_jump = jump
 
-    def add(self, batch: ExampleBatch, partition: int, written_ms: int, now_ms: int) -> None:
-        """Take a record of examples.
+    def add(self, batch: ExampleBatch, partition: int, written_ms: IntArray | int, now_ms: int) -> None:
+        """Take examples of a partition.
 
         Args:
-            batch: The record.
-            partition: Where it came from.
-            written_ms: Time of the record.
+            batch: N examples; a few thousand at a time cost least.
+            partition: Where they came from.
+            written_ms: When their records were written, (N,) or one for all.
             now_ms: The time.
         """
         if not len(batch):
@@ -147,7 +147,8 @@ class Monitor:
         self.newest_ms = max(self.newest_ms, newest_ms)
         if len(shown):
             self._arrivals.add(self.reader.arrivals(shown))
-            self.lateness.observe(shown.occurred_at_ms, written_ms)
+            written_N = np.broadcast_to(written_ms, len(batch))
+            self.lateness.observe(written_N[~is_late_N] - shown.occurred_at_ms)
         self._count_predictions(current_N[~is_late_N])
 
     def _count_predictions(self, probability_N: np.ndarray[tuple[int], np.dtype[np.float64]]) -> None:

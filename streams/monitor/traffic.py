@@ -32,6 +32,7 @@ DELAY_WINDOW: Final = 200
 """Clicks in a window of the delays."""
 SKEWED_SHARE: Final = 0.05
 """Of the clicks before their impressions, or of the impressions from the future."""
+CLOCK_TOLERANCE_MS: Final = 2_000
 MAX_FEATURES: Final = 32
 
 
@@ -164,24 +165,24 @@ def delay_name(place: int) -> str:
 class Lateness:
     """How late examples are written, and how many come from the future.
 
-    An example is due when the label wait has passed since its impression. So it is late by the record's time minus that
-    of its newest impression, minus the wait; and whose clock is ahead makes it early.
+    An example is due when the label wait has passed since its impression, and is late by what its record was written
+    after that. Whose clock is ahead makes it early.
     """
 
     def __init__(self, label_wait_ms: int) -> None:
         self._label_wait_ms = label_wait_ms
-        self._late_ms: list[int] = []
+        self._late_ms: list[float] = []
         self._num = self._num_early = 0
         self._shares: deque[float] = deque([0.0], maxlen=6)
         self.seconds = math.nan
-        """Median over the records of the last step, nan before the first."""
+        """Median over the last step, nan before the first."""
 
-    def observe(self, time_ms: NDArray[np.int64], written_ms: int) -> None:
-        """Take the impressions of a record without late positives."""
-        due_ms = time_ms + self._label_wait_ms
-        self._late_ms.append(written_ms - int(due_ms.max()))
-        self._num += len(due_ms)
-        self._num_early += int((due_ms > written_ms + 2_000).sum())
+    def observe(self, age_ms: NDArray[np.int64]) -> None:
+        """Take how long after their impressions examples were written, without late positives."""
+        late_ms = age_ms - self._label_wait_ms
+        self._late_ms.append(float(np.median(late_ms)))
+        self._num += len(late_ms)
+        self._num_early += int((late_ms < -CLOCK_TOLERANCE_MS).sum())
 
     def tick(self) -> None:
         """End a step."""
