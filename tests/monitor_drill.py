@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from genco.world import DEVICES, HOURS, NUM_CONTEXTS, SEGMENTS, Requests, World
 from genco.world_config import WorldConfig
-from streams.contracts.alerts import Alert
+from streams.contracts.alerts import Alert, Cause
 from streams.contracts.examples import EXAMPLE_SCHEMA, ExampleBatch
 from streams.contracts.registry import Version
 from streams.monitor.models import Model
@@ -51,6 +51,8 @@ class Trouble:
     """Share of the clicks that arrive."""
     learning_stops: bool = False
     refused: str = ""
+    dead_letters: int = 0
+    """In a step."""
 
 
 class _Predictor:
@@ -83,6 +85,7 @@ class Drill:
         self.first_seed = 0
         self.logits = np.empty((2, 0))
         self.alerts: list[tuple[float, Alert]] = []
+        self.known_cause: Cause | None = None
         self._late: list[tuple[float, ExampleBatch]] = []
         self._version = 0
         self._trained_s = 0.0
@@ -146,7 +149,8 @@ class Drill:
         self._late = self._late[-1:]
         for each in due:
             self.monitor.add(each, 0, now_ms, now_ms)
-        for alert in self.monitor.tick(now_ms, Facts(refused=trouble.refused)):
+        facts = Facts(refused=trouble.refused, num_dead_letters=trouble.dead_letters, known_cause=self.known_cause)
+        for alert in self.monitor.tick(now_ms, facts):
             self.alerts.append((self.now_s, alert))
 
     def _publish(self, trouble: Trouble, now_ms: int) -> None:

@@ -96,7 +96,7 @@ class MonitorProcess:
         self._reached = {}
         self._waiting.clear()
         self._num_waiting = 0
-        self.monitor.clocks.assign(partitions, now_ms())
+        self.monitor.assign(partitions, now_ms())
 
     def add(self, message: Any) -> None:
         """Take a record of `examples`; what cannot be read is left out."""

@@ -159,14 +159,14 @@ class CalibrationChecks:
         ):
             detector.reset()
 
-    def observe(self, step: Step, now_ms: int, *, is_trusted: bool) -> None:
+    def observe(self, step: Step, now_ms: int, *, is_trusted: bool, is_explained: bool = False) -> None:
         """Take the decisions that matured in a step.
 
         Args:
             step: Their sums.
             now_ms: The time.
-            is_trusted: False while labels are known to be wrong for another reason: then only the test for vanished
-                clicks goes on.
+            is_trusted: False while labels are wrong for another reason: then only the test for vanished clicks goes on.
+            is_explained: True while somebody else has said why: then none does.
         """
         self.window.add(now_ms, step)
         recent = self.recent
@@ -174,6 +174,11 @@ class CalibrationChecks:
         if not self.is_warm:
             self.level.observe(step.all)
             self.reference_level.observe(step.reference)
+            return
+        if is_explained:
+            self._vanished.detector.reset()
+            self.has_vanished = Latch()
+            self.reset()
             return
         is_alarm = self._vanished.observe(step.reference, VANISHED)
         self.has_vanished.update(now_ms, alarm=is_alarm, is_well=not _is_below(recent.reference, 2 * VANISHED))

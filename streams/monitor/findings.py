@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 PERSIST_MS: Final = 60_000
 """What is read off a clock must have been so for so long."""
 DEAD_LETTER_SHARE: Final = 0.01
+MIN_LETTERS: Final = 20.0
 _SHOWN: Final = 5
 
 Evidence = dict[str, float | str]
@@ -38,6 +39,7 @@ def _join(monitor: Monitor) -> list[Finding]:
     delays, lateness, tally = monitor.delays, monitor.lateness, monitor.tally
     vanished = monitor.checks.detectors["vanished"].alarmed
     early = lateness.early_share
+    letters = tally.num_letters / tally.num_events if tally.num_letters >= MIN_LETTERS else 0.0
     return [
         Finding(
             name="LedgerImbalance",
@@ -51,10 +53,10 @@ def _join(monitor: Monitor) -> list[Finding]:
             name="DLQSurge",
             cause=Cause.JOIN_BROKEN,
             severity=Severity.PAGE,
-            is_on=tally.dead_letter_share > DEAD_LETTER_SHARE,
-            is_suspected=tally.dead_letter_share > DEAD_LETTER_SHARE / 2,
-            summary=f"{tally.dead_letter_share:.1%} of the events become dead letters",
-            evidence={"dead_letter_share": tally.dead_letter_share},
+            is_on=letters > DEAD_LETTER_SHARE,
+            is_suspected=letters > DEAD_LETTER_SHARE / 2,
+            summary=f"{letters:.1%} of the events become dead letters",
+            evidence={"dead_letter_share": letters},
         ),
         Finding(
             name="LabelDelayShift",

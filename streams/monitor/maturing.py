@@ -57,6 +57,11 @@ class Maturing:
         self.num_unmatched = 0
         """Matured late positives whose negative never came."""
         self._begun_ms: int | None = None
+        """Of impressions after this the negative must have been seen."""
+
+    def begin(self) -> None:
+        """Begin to read at another place: late positives of impressions that were read before it are nothing wrong."""
+        self._begun_ms = None
 
     def add(self, rows: Rows) -> None:
         """Take rows in any order."""

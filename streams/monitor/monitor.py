@@ -76,7 +76,9 @@ class _Tally:
     late_since_ms: int | None = None
     num_mismatched: int = 0
     num_recomputed: int = 0
-    dead_letter_share: float = 0.0
+    num_letters: float = 0.0
+    num_events: float = 0.0
+    """Both of about the last ten ticks."""
     usual_norms: dict[str, float] = field(default_factory=dict)
     norm_jump: dict[str, float] = field(default_factory=dict)
     num_not_finite: int = 0
@@ -108,12 +110,17 @@ class Monitor:
         self._arrivals = Arrivals()
         self._num_unmatched = self._num_not_finite = 0
         self._changed_since_ms: int | None = None
-        self._distrusted_until_ms = 0
+        self._distrusted_until_ms = self._explained_until_ms = 0
 
     @property
     def base_rate(self) -> float:
         """Click rate of the last minutes, as a probability that is neither 0 nor 1."""
         return self.minutes.base_rate
+
+    def assign(self, partitions: set[int], now_ms: int) -> None:
+        """Watch these partitions from now on."""
+        self.clocks.assign(partitions, now_ms)
+        self.maturing.begin()
 
     def set_model(self, model: Model) -> None:
         """Take the model that serves from now on."""
@@ -173,7 +180,8 @@ class Monitor:
             self.policy.observe(self.last_arrivals, current.epsilon if current is not None else 0.01)
         if step is not None:
             self.delays.observe(step.delays)
-            self.checks.observe(step, now_ms, is_trusted=now_ms >= self._distrusted_until_ms)
+            is_trusted, is_explained = now_ms >= self._distrusted_until_ms, now_ms < self._explained_until_ms
+            self.checks.observe(step, now_ms, is_trusted=is_trusted, is_explained=is_explained)
             self.minutes.observe(now_ms, step, self.checks, self.policy)
         is_calm = self.diagnosis.cause is None and self.checks.is_quiet and not self.mix.is_suspected
         if is_calm and self.models.renew_reference(now_ms):
@@ -200,8 +208,8 @@ class Monitor:
         tally.num_recomputed += facts.num_recomputed
         tally.num_not_finite = self.models.num_not_finite - self._num_not_finite
         self._num_not_finite = self.models.num_not_finite
-        share = facts.num_dead_letters / max(self._arrivals.num + facts.num_dead_letters, 1)
-        tally.dead_letter_share += 0.1 * (share - tally.dead_letter_share)
+        tally.num_letters = 0.9 * tally.num_letters + facts.num_dead_letters
+        tally.num_events = 0.9 * tally.num_events + facts.num_dead_letters + self._arrivals.num
         tally.refused_since_ms = _since(tally.refused_since_ms, bool(facts.refused), now_ms)
         is_stale = self.staleness_ms > self.bounds.stale_ms and not facts.is_held
         tally.stale_since_ms = _since(tally.stale_since_ms, is_stale, now_ms)
@@ -222,9 +230,12 @@ class Monitor:
             active: list[Finding] = []
         else:
             active = self.diagnosis.update(self.findings, now_ms)
-        if self.diagnosis.cause is OVERRIDING or self.facts.known_cause is not None:
-            # Labels are wrong until the last decision of this time has matured.
-            self._distrusted_until_ms = now_ms + self.bounds.attribution_window_ms + 60_000
+        # Labels are wrong until the last decision of this time has matured.
+        until_ms = now_ms + self.bounds.attribution_window_ms + 60_000
+        if self.diagnosis.cause is OVERRIDING:
+            self._distrusted_until_ms = until_ms
+        if self.facts.known_cause is not None:
+            self._explained_until_ms = until_ms
         if self.diagnosis.cause is not before and (before is not None or self.diagnosis.cause is OVERRIDING):
             # What else they found was an effect.
             self.checks.reset()

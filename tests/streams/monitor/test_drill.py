@@ -85,6 +85,32 @@ def test_alert_is_repeated_ends_after_the_trouble_and_nothing_follows(healthy: D
 
 
 @pytest.mark.long
+def test_world_that_the_policy_has_learned_is_the_usual_one(healthy: Drill) -> None:
+    drill = copy.deepcopy(healthy)
+    before = drill.monitor.models.reference
+    drill.run(3_600, learns_in_half_an_hour)
+    assert {alert.state for _, alert in drill.alerts[-2:]} == {"resolved"}
+    assert drill.monitor.episodes.firing == []
+    assert drill.monitor.models.reference is not before
+    assert drill.monitor.checks.recent.reference.ratio == pytest.approx(1.0, abs=0.1)
+
+
+def test_labels_are_not_judged_while_the_join_rate_drop_of_the_joiner_fires(healthy: Drill) -> None:
+    drill = copy.deepcopy(healthy)
+    drill.known_cause = Cause.JOIN_BROKEN
+    assert drill.run(300, Trouble(clicks_arrive=0.0)) == []
+    drill.known_cause = None
+    assert drill.run(300) == []
+
+
+def test_flood_of_dead_letters_breaks_the_join_and_a_few_do_not(healthy: Drill) -> None:
+    drill = copy.deepcopy(healthy)
+    assert drill.run(120, Trouble(dead_letters=1)) == []
+    (alert,) = drill.run(120, Trouble(dead_letters=20))
+    assert (alert.name, alert.cause) == ("DLQSurge", Cause.JOIN_BROKEN)
+
+
+@pytest.mark.long
 def test_detectors_beat_random_alarms_of_the_same_rate(healthy: Drill) -> None:
     drill = copy.deepcopy(healthy)
     quiet = {key: scored.num_alarms for key, scored in drill.monitor.minutes.detectors.items()}
