@@ -126,6 +126,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _simulate(arguments: argparse.Namespace) -> int:
     from dataclasses import replace
 
+    from genco.scenarios import SCENARIOS
     from genco.shoppers import run
     from genco.world_config import DEMO_WORLD
 
@@ -134,9 +135,13 @@ def _simulate(arguments: argparse.Namespace) -> int:
         world = replace(world, drift_every_s=arguments.drift_every)
     if arguments.new_elements_every is not None:
         world = replace(world, new_elements_every_s=arguments.new_elements_every)
+    scenario = None
+    if arguments.scenario is not None:
+        scenario = SCENARIOS[arguments.scenario](arguments.at, arguments.at + arguments.lasting)
     return run(
         arguments.url,
         world,
+        scenario=scenario,
         rate=arguments.rate,
         seconds=arguments.seconds,
         seed=arguments.seed,
@@ -359,6 +364,16 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument("--world-seed", type=int, help="another world than the demo's")
     simulate.add_argument("--drift-every", type=_positive, metavar="S", help="tastes move every S seconds")
     simulate.add_argument("--new-elements-every", type=_positive, metavar="S", help="elements change every S seconds")
+    simulate.add_argument(
+        "--scenario",
+        choices=["clicks-stop", "clicks-lost", "clock-skew", "world-drift", "mix-shift"],
+        help="what goes wrong, as a drill: clicks are stuck and come late, are lost, have wrong clocks; tastes move at "
+        "once; few products are asked for",
+    )
+    simulate.add_argument("--at", type=_positive, default=20.0, metavar="S", help="when it begins (%(default)s)")
+    simulate.add_argument(
+        "--lasting", type=_positive, default=20.0, metavar="S", help="how long it lasts (%(default)s)"
+    )
     simulate.add_argument("--token-file", type=Path, help="file with a bearer token of scopes decide and feedback")
     simulate.add_argument("--status", type=Path, help="keep the newest status in this file, as JSON")
 

@@ -11,7 +11,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -101,7 +101,15 @@ def loop_options(*, kafka: KafkaKind, rate: float, directory: Path | None) -> Lo
 class Watch:
     """Everything the demo knows about the loop, without touching it."""
 
-    def __init__(self, loop: Loop, *, rate: float, seed: int, should_stop: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        *,
+        rate: float,
+        seed: int,
+        should_stop: Callable[[], bool],
+        shoppers: Sequence[str] = (),
+    ) -> None:
         if loop.url is None:
             raise ValueError("the demo watches a loop with a server; this one has none")
         self.loop = loop
@@ -117,7 +125,7 @@ class Watch:
         argv = [sys.executable, "-m", "genco", "simulate", "--url", loop.url, "--rate", str(rate), "--seed", str(seed)]
         self._shoppers = ManagedProcess(
             "shoppers",
-            [*argv, "--status", str(self._status_path)],
+            [*argv, *shoppers, "--status", str(self._status_path)],
             log_path=loop.directory / "shoppers.log",
             env=loop.env,
         )

@@ -57,12 +57,21 @@ def add_parser(verbs: Any) -> None:
         ("freeze", "stay with the version that serves now; learning goes on, its snapshots are stored and not served"),
         ("unfreeze", "remove the freeze; the next publication is served, until then the pointer stays"),
         ("rollback", "serve an older version, and freeze, so that the next publication does not undo it"),
+        ("freeze-learning", "let the learner wait; what it has not learned yet waits in Kafka, and nothing is lost"),
+        ("unfreeze-learning", "let the learner go on where it stopped"),
+        ("explore", "let only a share of the traffic beside the uniform one explore; 1: all of it, as ever"),
+        (
+            "accept-clicks",
+            "clicks are as rare as the world wants it: end the joiner's holds, learn the click rate anew",
+        ),
     ):
         added = action(name, _act, text)
         added.add_argument("--reason", default="", metavar="TEXT", help="why; kept with the action")
         added.add_argument("--who", default=None, metavar="NAME", help="default: user@host")
         if name == "pin":
             added.add_argument("version", metavar="VERSION", help=_VERSION)
+        elif name == "explore":
+            added.add_argument("share", type=_share, metavar="SHARE", help="from 0 to 1")
         elif name == "rollback":
             added.add_argument(
                 "version", nargs="?", metavar="VERSION", help="default: the one stored before the current one"
@@ -76,6 +85,16 @@ def _count(text: str) -> int:
     if not (text.isdecimal() and 1 <= int(text) <= 1_000):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 1000")
     return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0.0 <= share <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return share
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -159,6 +178,14 @@ def _done(operator: Operator, arguments: argparse.Namespace, version: Version | 
             return operator.freeze(order)
         case "unfreeze":
             return operator.unfreeze(order)
+        case "freeze-learning":
+            return operator.freeze_learning(order)
+        case "unfreeze-learning":
+            return operator.unfreeze_learning(order)
+        case "explore":
+            return operator.explore(arguments.share, order)
+        case "accept-clicks":
+            return operator.accept_clicks(order)
         case _:
             return operator.rollback(version, order, freeze=not arguments.no_freeze)
 

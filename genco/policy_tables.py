@@ -29,6 +29,10 @@ HINTS: Final = {
     "freeze": "Publications are stored and not served until: genco policy unfreeze",
     "unpin": "The pointer stays until the next publication.",
     "unfreeze": "The pointer stays until the next publication.",
+    "freeze-learning": "The learner waits until: genco policy unfreeze-learning",
+    "unfreeze-learning": "The learner goes on where it stopped.",
+    "explore": "Servers follow within a second; as ever again: genco policy explore 1",
+    "accept-clicks": "The joiner's holds that began before this end; it learns the click rate anew.",
 }
 
 
@@ -182,7 +186,9 @@ def describe(state: RegistryState) -> str:
     pointer = state.pointer
     where = "nothing is current" if pointer is None else f"current {pointer.name}, revision {pointer.revision}"
     pin = "" if state.pinned is None else f", pinned to {state.pinned}"
-    return where + pin + (", frozen" if state.frozen else "")
+    learning = ", learning frozen" if state.learning_frozen else ""
+    explores = "" if state.exploration is None else f", {state.exploration:.0%} explores"
+    return where + pin + (", frozen" if state.frozen else "") + learning + explores
 
 
 def audit_line(record: AuditRecord) -> str:

@@ -21,6 +21,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from genco.scenarios import Scenario
 from genco.world import World, regret
 from genco.world_config import WorldConfig
 from serving.client import Client, ClientError
@@ -82,8 +83,11 @@ def _regret(rows: np.ndarray[Any, np.dtype[np.float64]]) -> float | None:
 class Shoppers:
     """A crowd with a steady rate of visits."""
 
-    def __init__(self, world: World, client: Client, *, rate: float, seed: int) -> None:
+    def __init__(
+        self, world: World, client: Client, *, rate: float, seed: int, scenario: Scenario | None = None
+    ) -> None:
         self._world = world
+        self._scenario = scenario or Scenario()
         self._client = client
         self._rate = rate
         self._rng = np.random.default_rng(seed)
@@ -118,8 +122,9 @@ class Shoppers:
         self._line(tell, final=True)
 
     def _visit(self, count: int) -> None:
-        world, now_s = self._world, time.monotonic() - self._started
-        requests = world.requests(self._rng, count, now_s)
+        world, since_s = self._world, time.monotonic() - self._started
+        now_s = self._scenario.world_s(since_s)
+        requests = self._scenario.requests(world, self._rng, count, since_s)
         bodies: list[dict[str, Any]] = [dict(body) for body in world.request_dicts(requests, now_s)]
         for body in bodies:
             if self._introduced.get(body["product_id"], 0) < INTRODUCTIONS:
@@ -170,19 +175,25 @@ class Shoppers:
         body["elements"] = [e for e in self._world.catalog(now_s).elements if e["element_id"] in wanted]
 
     def _send_clicks(self) -> None:
-        due: list[str] = []
+        due: list[tuple[float, str]] = []
         now = time.monotonic()
-        while self._clicks and self._clicks[0][0] <= now and len(due) < CLICK_BATCH:
-            due.append(heapq.heappop(self._clicks)[1])
-        if not due:
+        delivery = self._scenario.delivery(now - self._started)
+        if delivery == "later":
             return
+        while self._clicks and self._clicks[0][0] <= now and len(due) < CLICK_BATCH:
+            due.append(heapq.heappop(self._clicks))
+        if not due or delivery == "never":
+            return
+        ahead_ms = now_ms() + self._scenario.skew_ms(now - self._started)
+        clicks = [
+            {"decision_id": decision_id, "occurred_at_ms": ahead_ms - round(1000 * (now - at))}
+            for at, decision_id in due
+        ]
         try:
-            answer = self._client.click(
-                [{"decision_id": decision_id, "occurred_at_ms": now_ms()} for decision_id in due]
-            )
+            answer = self._client.click(clicks)
         except ClientError as error:
             # A browser would try again too.
-            for decision_id in due:
+            for _, decision_id in due:
                 heapq.heappush(self._clicks, (now + 0.5, decision_id))
             self._refused(error, 0)
             return
@@ -222,13 +233,15 @@ def run(
     seed: int,
     token: str | None,
     status: Path | None,
+    scenario: Scenario | None = None,
 ) -> int:
     """Run the shoppers until the time is over, SIGTERM or SIGINT; return the exit code."""
     stopped: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _frame: stopped.append(received))
     with Client(url, token=token, timeout_s=5.0) as client:
-        shoppers = Shoppers(World(config), client, rate=rate, seed=seed)
+        scenario = scenario or Scenario()
+        shoppers = Shoppers(World(scenario.config(config)), client, rate=rate, seed=seed, scenario=scenario)
         shoppers.run(seconds, lambda line: _tell(line, status), lambda: bool(stopped))
     if not shoppers.totals.decisions and not stopped:
         raise ConnectionError(f"no server made a decision at {url}; start one with: genco serve")

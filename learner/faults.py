@@ -34,12 +34,14 @@ def faults(batch: ExampleBatch, parsed: ParsedExamples) -> dict[str, BoolArray]:
         parsed: The same, parsed.
     """
     label_N, is_late_N = batch.label, batch.has_kind(LabelKind.LATE_POSITIVE)
-    has_kind_N = is_late_N | batch.has_kind(LabelKind.FINAL) | batch.has_kind(LabelKind.PROVISIONAL)
+    is_unknown_N = batch.has_kind(LabelKind.UNKNOWN)
+    has_kind_N = is_late_N | is_unknown_N | batch.has_kind(LabelKind.FINAL) | batch.has_kind(LabelKind.PROVISIONAL)
     # "Not inside" instead of "outside", so that nan is a fault, too.
     return {
         "bad_id": pc.binary_length(batch.columns.column("decision_id")).to_numpy() == 0,
         "bad_time": ~((batch.occurred_at_ms >= 0) & (batch.occurred_at_ms < MAX_TIME_MS)),
         "bad_label": ~((label_N == 0) | (label_N == 1)) | ~has_kind_N | (is_late_N & (label_N == 0)),
+        "unknown_label": is_unknown_N,
         "bad_reward": ~((batch.reward >= 0.0) & (batch.reward <= MAX_REWARD)),
         "bad_propensity": ~(
             (batch.propensity > 0.0)

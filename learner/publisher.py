@@ -40,6 +40,7 @@ from streams.contracts.registry import (
     published_channel,
     revision_key,
     sequence_key,
+    switches_key,
 )
 from streams.contracts.snapshot import PolicySnapshot, SnapshotManifest
 from streams.registry import Registry
@@ -50,7 +51,7 @@ logger = logging.getLogger(__name__)
 # KEYS[1] lease, KEYS[2] epoch, KEYS[3] pin, KEYS[4] freeze, KEYS[5] revision, KEYS[6] sequence, KEYS[7] audit;
 # ARGV[1] owner, ARGV[2] lease in ms, ARGV[3] smallest epoch allowed - 1, ARGV[4] smallest revision allowed - 1,
 # ARGV[5] '1' if what an empty registry is filled with is known: ARGV[6] pin or '', ARGV[7] '1' if frozen,
-# ARGV[8] sequence, ARGV[9] newest audit record or ''.
+# ARGV[8] sequence, ARGV[9] newest audit record or ''; KEYS[8] switches, ARGV[10] and further their values.
 # Returns the new epoch, 0 if somebody else holds the lease, or -1 if the registry is empty and nothing is known.
 _ACQUIRE: Final = """
 local holder = redis.call('GET', KEYS[1])
@@ -60,6 +61,7 @@ if redis.call('EXISTS', KEYS[2]) == 0 then
   if ARGV[6] ~= '' then redis.call('SET', KEYS[3], ARGV[6]) end
   if ARGV[7] == '1' then redis.call('SET', KEYS[4], '1') end
   redis.call('SET', KEYS[6], ARGV[8])
+  redis.call('HSET', KEYS[8], 'learning_frozen', ARGV[10], 'exploration', ARGV[11], 'clicks_accepted_ms', ARGV[12])
   if ARGV[9] ~= '' then redis.call('LPUSH', KEYS[7], ARGV[9]) end
 end
 local epoch = math.max(tonumber(redis.call('GET', KEYS[2]) or '0'), tonumber(ARGV[3])) + 1
@@ -212,6 +214,7 @@ class Publisher:
         self._now_ms = now_ms
         self._registry = Registry(client, model_id)
         self._noted: tuple[int, int] | None = None
+        self._learning_frozen = False
         self._acquire: Any = client.register_script(_ACQUIRE)
         self._renew: Any = client.register_script(_RENEW)
         self._release: Any = client.register_script(_RELEASE)
@@ -254,6 +257,7 @@ class Publisher:
                     revision_key(model),
                     sequence_key(model),
                     audit_key(model),
+                    switches_key(model),
                 ],
                 args=[
                     self._owner,
@@ -265,6 +269,9 @@ class Publisher:
                     int(state.frozen),
                     state.sequence,
                     known.audit.model_dump_json() if known is not None and known.audit is not None else "",
+                    "1" if state.learning_frozen else "",
+                    "" if state.exploration is None else f"{state.exploration:.6g}",
+                    state.clicks_accepted_ms or "",
                 ],
             )
         )
@@ -293,6 +300,15 @@ class Publisher:
             self._noted = state.epoch, state.sequence
         except UnreachableError as error:
             logger.warning("the topic control lacks the newest state; tried again", extra={"error": str(error)})
+
+    def learning_is_frozen(self) -> bool:
+        """Ask whether somebody has frozen learning; while Redis does not answer, it is as it was."""
+        try:
+            values: Any = self._client.hmget(switches_key(self._model_id), ["learning_frozen"])
+            self._learning_frozen = values[0] == b"1"
+        except redis.RedisError as error:
+            logger.debug("whether learning is frozen is unknown", extra={"error": str(error)})
+        return self._learning_frozen
 
     def release(self) -> None:
         """Give the lease back, so that a successor need not wait for it."""

@@ -120,6 +120,7 @@ class Worker:
         self._parent_sha256: str | None = None
         self._outcome: Outcome | None = None
         self._num_jittered = 0
+        self._was_frozen = False
         # Of the examples since the last publication; of the newest updates, should there be none for long.
         self._due_ms: deque[np.ndarray[Any, np.dtype[np.int64]]] = deque(maxlen=MAX_UNPUBLISHED)
         self._lease = LeaseKeeper(self._publisher, model_id=settings.model_id, lease_ms=settings.lease_ms, clock=clock)
@@ -178,7 +179,7 @@ class Worker:
         if not (waited or backlog.num_examples >= settings.update_max_examples):
             return None
         until = backlog.bounds(settings.update_max_examples)
-        if not until:
+        if not until or self._waits_for_operator():
             return None
         return Update(
             number=self._number + 1,
@@ -187,6 +188,18 @@ class Worker:
             epoch=self._publisher.fence.epoch,
             num_examples=backlog.count(until),
         )
+
+    def _waits_for_operator(self) -> bool:
+        """Tell whether learning is frozen; asked as often as an update is due. What is recorded is repeated anyway."""
+        is_frozen = self._publisher.learning_is_frozen()
+        metrics.frozen.set(is_frozen)
+        if is_frozen:
+            self._updated_at = self._clock()  # asks again when the next one is due
+        if is_frozen is not self._was_frozen:
+            self._was_frozen = is_frozen
+            state = "waits: learning is frozen, until genco policy unfreeze-learning" if is_frozen else "goes on"
+            logger.warning(f"the learner {state}", extra={"update": self._number})
+        return is_frozen
 
     def _apply(self, update: Update) -> None:
         if self._planned:

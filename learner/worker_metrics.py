@@ -21,6 +21,7 @@ paused = Gauge("genco_train_reading_paused", "1 while reading waits because the 
 delay = Gauge(
     "genco_train_delay_seconds", "Age of the newest update's newest impression beyond the label wait, when learned"
 )
+frozen = Gauge("genco_learning_frozen", "1 while learning waits for an operator or an alert to end")
 lost = Counter("genco_events_lost_total", "Records that retention removed before they were learned", ["reason"])
 
 # Progressive validation: each example is predicted before it is learned.

@@ -6,6 +6,9 @@ draw believes in. With a uniform share eps
 
     pi(e | context, product) = (1 - eps) #{m : e^(m) = e} / M + eps uniform(e)
 
+Where exploration was shrunk to a share x, the e^(m) that the posterior mean likes best takes the rest: instead of the
+fraction stands x #{m : e^(m) = e} / M + (1 - x) [e = best].
+
 The starts follow from snapshot and request alone (a hash of both drives the proposals), and only the draw m and the
 coin of eps follow from the request's seed. So pi is a fact about (snapshot, request), the logged propensity is exact,
 and a decision can be repeated bit for bit. Slot propensities count how many e^(m) share the choices of earlier slots.
@@ -30,6 +33,7 @@ References:
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import struct
@@ -189,6 +193,7 @@ class Policy:
             {name: tensors[f"encoder.{name}"] for name in ("kinds", "mean", "matrix")},
             text_encoders(),
         )
+        self._explored = 1.0
         self._lock = threading.Lock()
         self._cards: OrderedDict[bytes, Card] = OrderedDict()
         self._decks: OrderedDict[Shape, Deck] = OrderedDict()
@@ -217,6 +222,16 @@ class Policy:
             )
         return policy
 
+    def exploring(self, share: float) -> Policy:
+        """Return this policy with only a share of the traffic beside the uniform one played by the draws.
+
+        Args:
+            share: In [0, 1]; 1: as the snapshot says.
+        """
+        policy = copy.copy(self)  # with the same caches, for the winners are the same
+        policy._explored = share  # noqa: SLF001 - its own class
+        return policy
+
     @staticmethod
     def uniform() -> UniformPolicy:
         """Return the policy that needs no snapshot."""
@@ -237,7 +252,7 @@ class Policy:
             if holdout:
                 places = _uniform_places(unit, card.elements)
             else:
-                places = solved.winners[int(unit[1] * self.num_draws)].tolist()
+                places = solved.winners[self._played(solved, float(unit[1]))].tolist()
             agree_MT = _agreeing(solved, places)
             slot_propensities, propensity = self._propensities(solved, agree_MT)
             choices.append(
@@ -353,8 +368,21 @@ class Policy:
         logit = solved.appeal + creative
         return 1.0 / (1.0 + math.exp(-min(max(logit, -30.0), 30.0)))
 
+    def _played(self, solved: _Solved, unit: float) -> int:
+        """Return which draw's winner is played."""
+        num_draws = len(solved.winners)
+        if self._explored == 1.0:
+            return int(unit * num_draws)
+        if unit >= self._explored:
+            return solved.best
+        return min(int(unit / self._explored * num_draws), num_draws - 1)
+
     def _propensities(self, solved: _Solved, agree_MT: NDArray[np.bool_]) -> tuple[list[float], float]:
         agree_T = np.count_nonzero(agree_MT, axis=0).tolist()
+        if self._explored < 1.0:
+            agrees_T = agree_MT[solved.best]
+            rest = (1.0 - self._explored) * self.num_draws
+            agree_T = [self._explored * n + rest * best for n, best in zip(agree_T, agrees_T.tolist(), strict=True)]
         epsilon, uniform, earlier, out = self.settings.epsilon, 1.0, 1.0, []
         for count, ids in zip(agree_T, solved.card.elements, strict=True):
             uniform /= len(ids)
@@ -533,6 +561,11 @@ class _Solved:
     """(M,) creative logits of these under the posterior mean."""
     appeal: float
     """Logit of the product and the context alone."""
+
+    @property
+    def best(self) -> int:
+        """Which draw's winner the posterior mean likes best."""
+        return int(np.argmax(self.logits))
 
 
 def _agreeing(solved: _Solved, places: Sequence[int]) -> NDArray[np.bool_]:

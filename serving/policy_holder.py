@@ -37,6 +37,8 @@ class Loaded:
     """None: uniform."""
     revision: int = 0
     """Of the pointer that named it; 0: none did."""
+    exploration: float = 1.0
+    """Share of the traffic beside the uniform one that explores."""
     described: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """Slot -> ids of the elements whose content the snapshot holds, so that requests need not bring it."""
 
@@ -76,6 +78,10 @@ class PolicyHolder:
     def confirm(self) -> None:
         """Note that Redis names the very snapshot that was loaded from disk: it is the newest, not a stopgap."""
         self.current = replace(self.current, rung="policy")
+
+    def explore(self, policy: Chooser, share: float) -> None:
+        """Let the same snapshot explore another share of the traffic."""
+        self.current = replace(self.current, policy=policy, exploration=share)
 
     def swaps(self, last: int = MAX_SWAPS) -> list[Swap]:
         """Return the last swaps, oldest first."""

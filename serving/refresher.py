@@ -101,6 +101,7 @@ class Refresher:
         self._retry_at = 0.0
         self._older: tuple[int | None, int] | None = None
         self._outage: str | None = None
+        self._exploration = 1.0
         self.fault: str | None = "Redis was not asked yet"
         """Why the registry could not be read last time, or None."""
 
@@ -129,6 +130,7 @@ class Refresher:
     def refresh(self) -> bool:
         """Ask Redis once; return whether a newer snapshot serves now."""
         try:
+            self._explore()
             pointer = self._store.pointer()
         except redis.RedisError as error:
             self._note_outage(error)
@@ -146,6 +148,19 @@ class Refresher:
                 self._holder.confirm()
             return False
         return self._load(pointer)
+
+    def _explore(self) -> None:
+        """Ask how much is to be explored, and let the policy that serves do so; raises RedisError."""
+        try:
+            share = self._exploration = self._store.exploration()
+        except SnapshotError as error:
+            self._metrics.model_rejected.labels(error.reason).inc()
+            logger.debug("another share of the traffic was to explore", extra={"cause": str(error)})
+            return
+        policy = self._holder.current.policy
+        if isinstance(policy, Policy) and self._holder.current.exploration != share:
+            self._holder.explore(policy.exploring(share), share)
+            logger.warning("another share of the traffic explores", extra={"share": share})
 
     def _load(self, pointer: Pointer) -> bool:
         if self._refused is not None and self._refused[0] == pointer and time.monotonic() < self._retry_at:
@@ -168,8 +183,10 @@ class Refresher:
 
     def _swap(self, fetched: Fetched, rung: Source) -> None:
         manifest = fetched.manifest
-        policy = self._build(fetched.blob, manifest)
-        loaded = Loaded(policy, rung, manifest, fetched.revision, self._describe(fetched.blob))
+        policy, share = self._build(fetched.blob, manifest), 1.0
+        if isinstance(policy, Policy) and self._exploration != 1.0:
+            policy, share = policy.exploring(self._exploration), self._exploration
+        loaded = Loaded(policy, rung, manifest, fetched.revision, share, self._describe(fetched.blob))
         before = self._holder.current.manifest
         swapped_at_ms = self._now_ms()
         self._holder.swap(loaded, swapped_at_ms)

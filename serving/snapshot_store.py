@@ -6,6 +6,7 @@ Redis never moves a server back. What either place gives is verified (length, sh
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import msgspec
 import redis
 from pydantic import ValidationError
 
-from streams.contracts.registry import blob_key, current_key, manifest_key
+from streams.contracts.registry import blob_key, current_key, manifest_key, switches_key
 from streams.contracts.snapshot import MAX_BLOB_BYTES, SnapshotError, SnapshotManifest, verify
 
 MAX_MANIFEST_BYTES: Final = 1024 * 1024
@@ -73,6 +74,23 @@ class SnapshotStore:
         except (KeyError, ValueError) as error:
             raise SnapshotError("pointer", f"hash {current_key(self._model_id)} is malformed: {error!r}") from None
         return pointer
+
+    def exploration(self) -> float:
+        """Return the share of the traffic beside the uniform one that is to explore; 1 unless an operator said so.
+
+        Raises:
+            SnapshotError: If it is malformed.
+            redis.RedisError: If Redis does not answer.
+        """
+        raw = cast("dict[bytes, bytes]", self._client.hgetall(switches_key(self._model_id)))
+        text = raw.get(b"exploration") or b"1"
+        try:
+            share = float(text)
+        except ValueError:
+            share = math.nan
+        if not 0.0 <= share <= 1.0:
+            raise SnapshotError("exploration", f"{switches_key(self._model_id)} says {text[:32]!r}; must be in [0, 1]")
+        return share
 
     def fetch_current(self, after: int | None) -> Fetched | None:
         """Return the current snapshot if its revision is larger than `after`.

@@ -44,6 +44,8 @@ class PolicyStatus(Struct, frozen=True, kw_only=True):
     swaps: list[Swap]
     """Oldest first."""
     counters: Counters
+    exploration: float
+    """Share of the decisions beside the uniform ones that the posterior draws make; the rest plays the best known."""
     registry_fault: str | None
     """Why Redis could not be read, or its snapshot was refused, last time."""
 
@@ -77,6 +79,7 @@ def policy_status(
     return PolicyStatus(
         source=loaded.rung,
         revision=loaded.revision,
+        exploration=loaded.exploration,
         manifest=manifest,
         gate=None if manifest is None else manifest["gate"],
         swaps=holder.swaps(num_swaps),

@@ -122,16 +122,29 @@ class _ConsumerThread(AIOKafkaConsumerThread):
         task: asyncio.Task[None] | None = getattr(coordinator, "_coordination_task", None)
         return task is not None and task.done()
 
-    async def commit_positions(self, offsets: Mapping[TP, int]) -> bool:
+    async def commit_positions(self, offsets: Mapping[TP, int], notes: Mapping[TP, str]) -> bool:
         """See `LogConsumer.commit_positions`."""
-        committed: bool = await self.call_thread(self._try_to_commit, offsets)
+        committed: bool = await self.call_thread(self._try_to_commit, offsets, notes)
         return committed
 
-    async def _try_to_commit(self, offsets: Mapping[TP, int]) -> bool:
+    async def committed_notes(self, places: Set[TP]) -> dict[TP, str]:
+        """See `LogConsumer.committed_notes`."""
+        notes: dict[TP, str] = await self.call_thread(self._committed_notes, places)
+        return notes
+
+    async def _committed_notes(self, places: Set[TP]) -> dict[TP, str]:
+        coordinator = self._ensure_consumer()._coordinator  # noqa: SLF001 - its own `committed` drops the metadata
+        found = await coordinator.fetch_committed_offsets([TopicPartition(*place) for place in places])
+        return {TP(*place): committed.metadata for place, committed in found.items()}
+
+    async def _try_to_commit(self, offsets: Mapping[TP, int], notes: Mapping[TP, str]) -> bool:
         # Faust's own commit ends the worker at any error, even one that the next try would not meet.
         try:
             await self._ensure_consumer().commit(
-                {TopicPartition(place.topic, place.partition): offset for place, offset in offsets.items()}
+                {
+                    TopicPartition(place.topic, place.partition): (offset, notes.get(place, ""))
+                    for place, offset in offsets.items()
+                }
             )
         except (CommitFailedError, IllegalStateError) as error:
             logger.info("offsets not committed: a rebalance is under way", extra={"cause": str(error)})
@@ -194,12 +207,24 @@ class LogConsumer(Consumer):
     def _new_consumer_thread(self) -> AIOKafkaConsumerThread:
         return _ConsumerThread(self, loop=self.loop, beacon=self.beacon)
 
-    async def commit_positions(self, offsets: Mapping[TP, int]) -> bool:
+    async def commit_positions(self, offsets: Mapping[TP, int], notes: Mapping[TP, str] | None = None) -> bool:
         """Commit the offset of the next record to read, for each partition; return whether the broker has it.
 
         False is no error: what is not committed is read again by the next owner, and committed with the next call.
+
+        Args:
+            offsets: Of each partition.
+            notes: Text that is kept beside an offset, for the partition's next owner; at most 4,000 bytes.
         """
-        return await self._thread.commit_positions(offsets)
+        return await self._thread.commit_positions(offsets, notes or {})
+
+    async def committed_notes(self, places: Set[TP]) -> dict[TP, str]:
+        """Return what is kept beside the committed offsets.
+
+        Raises:
+            KafkaError: If the broker does not tell.
+        """
+        return await self._thread.committed_notes(places)
 
     def committed_at_assignment(self, place: TP) -> int | None:
         """Return from where a partition was to be read when it was assigned; None: from its beginning, or unknown."""

@@ -34,6 +34,8 @@ from streams.contracts.topics import CLICKS, IMPRESSIONS
 from streams.event_clock import JOIN_TOPICS, EventClock, JoinTopic
 from streams.example_records import EXAMPLES_PER_RECORD, INDEX_BYTES, RECORD_BYTES, ExampleRecord, LatePositives, Part
 from streams.impressions import ImpressionBatch
+from streams.join_guard import PartitionWatch
+from streams.join_hold import Gate
 
 AFTER_END_MS: Final = END_OF_LOG_MS + 1
 IMPRESSION_BUCKETS: Final = ("joined", "expired", "pending", "duplicate", "dead_letter")
@@ -150,13 +152,18 @@ class PartitionJoiner:
 
     Call `add` for each record in the order of its topic, `advance` now and then, write what `take_output` returns, and
     call `acknowledge` when the broker has it; that returns what may be acknowledged to Kafka.
+
+    `watch` is told of impressions and of the clicks that meet them; `gate` may hold the watermark.
     """
 
-    def __init__(self, settings: JoinSettings) -> None:
+    def __init__(self, settings: JoinSettings, watch: PartitionWatch | None = None, gate: Gate | None = None) -> None:
         self._window_ms = settings.attribution_window_ms
         self._wait_ms = settings.label_wait_ms
         self._kind_without_click = LabelKind.FINAL if self._wait_ms >= self._window_ms else LabelKind.PROVISIONAL
         self._clock = EventClock(settings.idle_timeout_ms)
+        self._watch = watch
+        self._gate = gate or Gate(self._window_ms, self._wait_ms)
+        self._decided_ms: int | None = None
         # Key of an open impression -> where its row is: among those that wait, or in the record it left with.
         self._open: dict[int, _Waiting | ExampleRecord] = {}
         self._to_emit: list[tuple[int, int, _Waiting]] = []
@@ -180,8 +187,8 @@ class PartitionJoiner:
 
     @property
     def watermark_ms(self) -> int | None:
-        """Event time up to which the partition is complete."""
-        return self._clock.watermark_ms
+        """Event time up to which everything has been decided."""
+        return self._decided_ms
 
     @property
     def num_open(self) -> int:
@@ -241,10 +248,16 @@ class PartitionJoiner:
         Args:
             read_until_ms: See `EventClock.advance`.
         """
-        watermark = self._clock.advance(read_until_ms)
-        if watermark is not None:
-            self._settle(watermark)
-        self._finish(0 if watermark is None else watermark)
+        clock_ms = self.read_clock(read_until_ms)
+        if clock_ms is not None:
+            for watermark, is_known in self._gate.steps(clock_ms):
+                self._settle(watermark, is_known=is_known)
+                self._decided_ms = max(watermark, self._decided_ms or watermark)
+        self._finish(self._decided_ms or 0)
+
+    def read_clock(self, read_until_ms: Mapping[JoinTopic, int]) -> int | None:
+        """Move the clock on and return it: up to there everything has been read. Decide nothing yet."""
+        return self._clock.advance(read_until_ms)
 
     def take_output(self) -> Output | None:
         """Return what is to be written, or None if there is nothing."""
@@ -316,6 +329,8 @@ class PartitionJoiner:
         self._num_pending += len(keys)
         self._open.update(dict.fromkeys(keys, waiting))
         self._push(waiting)
+        if self._watch is not None:
+            self._watch.shown(waiting.times_ms)
         if self._clicks and not self._clicks.keys().isdisjoint(batch.ids):
             for decision_id in batch.ids:
                 for click, _, held in self._clicks.pop(decision_id, ()):
@@ -360,6 +375,8 @@ class PartitionJoiner:
             self._ledger.clicks["duplicate"] += 1
         else:
             self._ledger.clicks["joined"] += 1
+            if self._watch is not None:
+                self._watch.clicked(int(opened.times_ms[row]), click.occurred_at_ms)
             if isinstance(opened, _Waiting):
                 opened.clicks[row] = click
                 return
@@ -370,8 +387,8 @@ class PartitionJoiner:
 
     # -- what goes out -----------------------------------------------------------------------------
 
-    def _settle(self, watermark_ms: int) -> None:
-        self._emit(watermark_ms)
+    def _settle(self, watermark_ms: int, *, is_known: bool = True) -> None:
+        self._emit(watermark_ms, self._kind_without_click if is_known else LabelKind.UNKNOWN)
         # The watermark itself may still be the time of an event to come, so what lasts until then is not over yet.
         while self._to_close and self._to_close[0].close_ms < watermark_ms:
             record = self._to_close.popleft()
@@ -382,7 +399,7 @@ class PartitionJoiner:
         while self._clicks_to_close and self._clicks_to_close[0][0] < watermark_ms:
             self._give_up(heapq.heappop(self._clicks_to_close)[2], watermark_ms)
 
-    def _emit(self, watermark_ms: int) -> None:
+    def _emit(self, watermark_ms: int, kind: LabelKind) -> None:
         """Let go, in order of time, what was shown a label wait ago."""
         leaving: list[_Leaving] = []
         num_rows = num_bytes = 0
@@ -396,7 +413,7 @@ class PartitionJoiner:
                 most = min(due, first + EXAMPLES_PER_RECORD - num_rows)
                 last = columns.fitting(first, most, RECORD_BYTES - num_bytes)
                 if last == first and leaving:
-                    self._leave(leaving)
+                    self._leave(leaving, kind)
                     leaving, num_rows, num_bytes = [], 0, 0
                     continue
                 last = max(last, first + 1)
@@ -405,17 +422,17 @@ class PartitionJoiner:
                 num_bytes += columns.bytes_of(first, last)
                 first = last
                 if num_rows >= EXAMPLES_PER_RECORD:
-                    self._leave(leaving)
+                    self._leave(leaving, kind)
                     leaving, num_rows, num_bytes = [], 0, 0
             if due < len(waiting.times_ms):
                 self._push(waiting)
             else:
                 self._bytes -= waiting.num_bytes
         if leaving:
-            self._leave(leaving)
+            self._leave(leaving, kind)
 
-    def _leave(self, leaving: Sequence[_Leaving]) -> None:
-        """Make one record of these rows, and let their keys lead to it."""
+    def _leave(self, leaving: Sequence[_Leaving], kind: LabelKind) -> None:
+        """Make one record of these rows, and let their keys lead to it; `kind` is that of a row without a click."""
         clicks: dict[int, Click] = {}
         num_rows = 0
         for part in leaving:
@@ -432,7 +449,7 @@ class PartitionJoiner:
             close_ms=max(
                 max(part.waiting.close_ms for part in leaving), self._to_close[-1].close_ms if self._to_close else 0
             ),
-            kind_without_click=self._kind_without_click,
+            kind_without_click=kind,
         )
         self._open.update(dict.fromkeys(record.keys.tolist(), record))
         self._to_close.append(record)
@@ -475,6 +492,7 @@ class PartitionJoiner:
         self._finish(AFTER_END_MS + 1)
         self._ended.clear()
         self._clock.reset()
+        self._decided_ms = None
         next_log, self._next_log = self._next_log, []
         for record, read_at_ms in next_log:
             self.add(record, read_at_ms)

@@ -126,8 +126,11 @@ class ExampleRecord:
         """
         batch = self._batch(shelf) if self._value is None else example_batch_of(self._value)
         rows = list(clicks)
+        is_unknown = self.kind_without_click is LabelKind.UNKNOWN
         return labeled(
-            batch.take(pa.array(rows, pa.int32())), dict(enumerate(clicks.values())), LabelKind.LATE_POSITIVE
+            batch.take(pa.array(rows, pa.int32())),
+            dict(enumerate(clicks.values())),
+            LabelKind.UNKNOWN if is_unknown else LabelKind.LATE_POSITIVE,
         )
 
     def _batch(self, shelf: CandidatesShelf) -> pa.RecordBatch:
@@ -141,7 +144,8 @@ def labeled(batch: pa.RecordBatch, clicks: Mapping[int, Click], kind_without_cli
     Args:
         batch: N rows with at least the columns of an impression.
         clicks: Row -> its click.
-        kind_without_click: Kind of the other labels; LATE_POSITIVE, if every row has a click that came late.
+        kind_without_click: Kind of the other labels; LATE_POSITIVE, if every row has a click that came late; UNKNOWN,
+            if it is the kind of all: the clicked ones alone would make every element look like a winner.
     """
     num_rows = batch.num_rows
     rows = np.fromiter(clicks, np.intp, len(clicks))
@@ -152,7 +156,8 @@ def labeled(batch: pa.RecordBatch, clicks: Mapping[int, Click], kind_without_cli
     times_ms = batch.column("occurred_at_ms").to_numpy()
     delay_ms = np.zeros(num_rows, np.int64)
     delay_ms[rows] = [click.occurred_at_ms for click in clicks.values()] - times_ms[rows]
-    kind_with_click = LabelKind.LATE_POSITIVE if kind_without_click is LabelKind.LATE_POSITIVE else LabelKind.FINAL
+    is_of_all = kind_without_click in (LabelKind.LATE_POSITIVE, LabelKind.UNKNOWN)
+    kind_with_click = kind_without_click if is_of_all else LabelKind.FINAL
     kinds = pa.array([kind_without_click.value, kind_with_click.value], pa.string())
     columns: dict[str, Any] = {
         "label": pa.array(label),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, cast
 
@@ -26,9 +27,12 @@ from streams.clients import check_topics
 from streams.contracts.codec import MAX_RECORD_BYTES, mark_of
 from streams.contracts.dead_letters import DeadLetter
 from streams.contracts.settings import JoinSettings
-from streams.contracts.topics import CLICKS, DEAD_LETTERS, EXAMPLES, IMPRESSIONS
+from streams.contracts.topics import ALERTS, CLICKS, DEAD_LETTERS, EXAMPLES, IMPRESSIONS
 from streams.event_clock import JOIN_TOPICS, JoinTopic
 from streams.impressions import CandidatesShelf
+from streams.join_alerts import Desk, alert_of
+from streams.join_guard import JoinGuard
+from streams.join_hold import Hold
 from streams.joiner_report import JoinerReport
 from streams.reading_plan import Reading, places_to_hold
 from streams.record_decoder import RecordDecoder
@@ -39,6 +43,7 @@ from streams.watchdog import Watchdog
 logger = logging.getLogger(__name__)
 
 COMMIT_EVERY_S: Final = 2.0
+NOTES_TIMEOUT_S: Final = 10.0
 
 
 class Joiner:
@@ -54,12 +59,16 @@ class Joiner:
         self._shelf = CandidatesShelf()
         self._decoder = RecordDecoder(settings)
         self._report = JoinerReport(settings.join_memory_mb)
+        self._desk = Desk(settings)
         self._breakers = {topic: Breaker(settings.dead_letter_max_share) for topic in JOIN_TOPICS}
         self._generation = 0
         self._reset_state()
 
     def _reset_state(self) -> None:
         self._partitions: dict[int, PartitionJoiner] = {}
+        self._guard: JoinGuard | None = None
+        self._is_restored = False
+        self._saved_holds: dict[int, Hold | None] = {}
         self._next_offset: dict[TP, int] = {}
         self._finished: dict[TP, int] = {}
         self._committed: dict[TP, int] = {}
@@ -89,7 +98,16 @@ class Joiner:
         self._generation += 1
         self._reset_state()
         self._consumer.hold(frozenset())
-        self._partitions = {partition: PartitionJoiner(self._settings) for partition in sorted(partitions)}
+        settings, guard = self._settings, None
+        # A replay's clock stands still without marks, and its clicks are those of the log.
+        if settings.join_drop_ratio and settings.idle_timeout_ms:
+            guard = self._guard = JoinGuard(settings, partitions)
+        self._partitions = {
+            partition: PartitionJoiner(settings, guard.feed_of(partition), guard.gates[partition])
+            if guard
+            else PartitionJoiner(settings)
+            for partition in sorted(partitions)
+        }
 
     def add(self, message: Any) -> None:
         """Hand one record to the joiner of its partition."""
@@ -142,6 +160,7 @@ class Joiner:
     async def stop(self) -> None:
         """Close the producer."""
         self._encoder.shutdown(wait=False, cancel_futures=True)
+        self._desk.close()
         if self._producer is not None:
             await self._producer.stop()
 
@@ -150,11 +169,15 @@ class Joiner:
         generation = self._generation
         self._watchdog.sign("event loop")
         await self._locate(generation)
+        if generation != self._generation or not await self._restore(generation):
+            return
+        read_until_ms = {partition: self._read_until_ms(partition) for partition in self._partitions}
+        await self._watch(read_until_ms)
         if generation != self._generation:
             return
         outputs: dict[int, Output] = {}
         for partition, joiner in self._partitions.items():
-            joiner.advance(self._read_until_ms(partition))
+            joiner.advance(read_until_ms[partition])
             if (output := joiner.take_output()) is not None:
                 outputs[partition] = output
         self._regulate()
@@ -257,6 +280,63 @@ class Joiner:
         self._report.memory(is_full=memory_share >= 1.0, joiners=self._partitions.values())
         self._report.breaker(cause)
 
+    # -- watching the clicks -----------------------------------------------------------------------
+
+    async def _restore(self, generation: int) -> bool:
+        """Let the guard go on from what was saved beside the offsets; tell whether it is done.
+
+        Nothing may be decided before: there may be a hold.
+        """
+        guard = self._guard
+        if guard is None or self._is_restored or not self._partitions:
+            return True
+        places = {TP(CLICKS, partition) for partition in self._partitions}
+        try:
+            notes = await asyncio.wait_for(self._consumer.committed_notes(places), NOTES_TIMEOUT_S)
+        except (IllegalStateError, KafkaError, TimeoutError) as error:
+            logger.warning("the offsets' notes cannot be read; trying again", extra={"cause": str(error)})
+            return False
+        if generation != self._generation:
+            return False
+        guard.restore({place.partition: text for place, text in notes.items()})
+        self._saved_holds = {partition: gate.hold for partition, gate in guard.gates.items()}
+        self._is_restored = True
+        return True
+
+    async def _watch(self, read_until_ms: Mapping[int, Mapping[JoinTopic, int]]) -> None:
+        """Look whether clicks cease or come again, before anything is decided."""
+        guard = self._guard
+        if guard is None:
+            return
+        clocks_ms = {p: joiner.read_clock(read_until_ms[p]) for p, joiner in self._partitions.items()}
+        decided_ms = {p: joiner.watermark_ms for p, joiner in self._partitions.items()}
+        notices = guard.step(clocks_ms, decided_ms, now_ms())
+        if guard.has_hold:
+            notices += guard.accept(self._desk.accepted_ms())
+        self._report.guard(guard)
+        alerts = [alert_of(notice, self._settings, len(guard.own) + 1, now_ms()) for notice in notices]
+        for alert in alerts:
+            self._report.alert(alert)
+            self._desk.take(alert)
+        for alert in [*alerts, *self._desk.answered()]:
+            if self._producer is None:
+                raise RuntimeError("the joiner writes before it was started")
+            # Not waited for: it is told again, and nothing else may wait for it.
+            await self._producer.send(ALERTS, alert.to_bytes(), key=alert.model_id.encode(), partition=0)
+
+    def _unsaved(self) -> dict[TP, int]:
+        """Return the offsets to commit again because a hold beside them has changed."""
+        if self._guard is None or not self._is_restored:
+            return {}
+        places = {
+            partition: TP(CLICKS, partition)
+            for partition, gate in self._guard.gates.items()
+            if gate.hold != self._saved_holds.get(partition)
+        }
+        return {
+            place: self._finished.get(place, self._start[place]) for place in places.values() if place in self._start
+        }
+
     # -- writing -----------------------------------------------------------------------------------
 
     async def _write(self, outputs: dict[int, Output], generation: int) -> None:
@@ -287,12 +367,17 @@ class Joiner:
         due = {place: offset for place, offset in self._finished.items() if self._committed.get(place) != offset}
         if self._breaker_cause is not None:
             due = {}  # a joiner that knows the schema shall find these records again
-        if not due:
+        unsaved = self._unsaved()
+        if not due and not unsaved:
             self._watchdog.sign("commits")
-        elif now >= self._commit_at:
+        elif now >= self._commit_at or unsaved:
             self._commit_at = now + COMMIT_EVERY_S
-            if await self._consumer.commit_positions(due) and generation == self._generation:
+            guard = self._guard
+            holds = {} if guard is None else {partition: gate.hold for partition, gate in guard.gates.items()}
+            notes = {} if guard is None else {TP(CLICKS, partition): guard.saved(partition) for partition in holds}
+            if await self._consumer.commit_positions(unsaved | due, notes) and generation == self._generation:
                 self._committed |= due
+                self._saved_holds = holds
                 self._watchdog.sign("commits")
 
     def _give_signs(self) -> None:

@@ -10,7 +10,10 @@ from typing import Final
 from prometheus_client import Counter, Gauge
 
 from streams.attribution import CLICK_BUCKETS, IMPRESSION_BUCKETS, Ledger, Output, PartitionJoiner
+from streams.contracts.alerts import Alert
+from streams.contracts.examples import LabelKind
 from streams.contracts.topics import CLICKS, IMPRESSIONS
+from streams.join_guard import JoinGuard
 from streams.rereading import Rereading
 
 logger = logging.getLogger(__name__)
@@ -27,6 +30,9 @@ _bytes = Gauge("genco_join_pending_bytes", "About the memory that they take")
 _held = Gauge("genco_join_held_partitions", "Partitions of topics that are not read at the moment, to bound the memory")
 _broken = Gauge("genco_join_breaker_open", "1 after too many bad events: nothing is read until a restart")
 _to_reread = Gauge("genco_join_records_to_reread", "Records of the last window still to be read again after a start")
+_rate_share = Gauge("genco_join_click_share", "Clicks over expected ones since they ceased; 1 while all is well")
+_rate_known = Gauge("genco_join_click_rate_known", "1 once enough clicks were seen to notice when they cease")
+_holds = Gauge("genco_join_holds", "Partitions whose clicks have ceased, by what becomes of them", ["state"])
 _examples = Counter("genco_joiner_examples_total", "Examples acknowledged by the broker", ["label_kind", "label"])
 _lost = Counter("genco_join_records_lost_total", "Records that retention removed before they were joined", ["topic"])
 
@@ -44,8 +50,9 @@ class JoinerReport:
     def written(self, output: Output) -> None:
         """Count examples that the broker has acknowledged."""
         for record in output.records:
-            _examples.labels("final", 1).inc(record.num_positive)
-            _examples.labels(record.kind_without_click.value, 0).inc(len(record) - record.num_positive)
+            kind = record.kind_without_click
+            _examples.labels("unknown" if kind is LabelKind.UNKNOWN else "final", 1).inc(record.num_positive)
+            _examples.labels(kind.value, 0).inc(len(record) - record.num_positive)
         _examples.labels("late_positive", 1).inc(len(output.late))
 
     def lost(self, topic: str, partition: int, first: int, count: int) -> None:
@@ -75,6 +82,20 @@ class JoinerReport:
         _open.set(sum(joiner.num_open for joiner in partitions.values()))
         _bytes.set(sum(joiner.num_bytes for joiner in partitions.values()))
         _held.set(num_held)
+
+    def guard(self, guard: JoinGuard) -> None:
+        """Set the gauges of what the guard knows."""
+        outage = guard.shared.outage
+        _rate_share.set(1.0 if outage is None or not outage.expected else outage.observed / outage.expected)
+        _rate_known.set(guard.shared.is_armed)
+        holds = [gate.hold for gate in guard.gates.values() if gate.hold is not None]
+        _holds.labels("held").set(sum(hold.is_holding for hold in holds))
+        _holds.labels("unknown").set(sum(not hold.is_holding for hold in holds))
+
+    def alert(self, alert: Alert) -> None:
+        """Tell that clicks have ceased, that they still have, or that they come again."""
+        tell = logger.critical if alert.state == "firing" else logger.warning
+        tell(f"{alert.name}: {alert.summary}", extra={"alert_id": alert.alert_id, **alert.evidence})
 
     def memory(self, *, is_full: bool, joiners: Iterable[PartitionJoiner]) -> None:
         """Tell when the memory limit has stopped the reading for longer than a moment."""

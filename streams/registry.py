@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from streams.contracts.control import AuditRecord, RegistryState
 from streams.contracts.registry import (
+    SWITCHES,
     Version,
     audit_key,
     candidate_key,
@@ -21,6 +22,7 @@ from streams.contracts.registry import (
     pin_key,
     revision_key,
     sequence_key,
+    switches_key,
 )
 from streams.contracts.snapshot import SnapshotError, SnapshotManifest
 
@@ -47,13 +49,18 @@ class Registry:
             pipeline.hmget(current_key(model), POINTER_FIELDS)
             for key in (pin_key(model), freeze_key(model), epoch_key(model), revision_key(model), sequence_key(model)):
                 pipeline.get(key)
+            pipeline.hmget(switches_key(model), SWITCHES)
             found: list[Any] = pipeline.execute()
-        pointer, pin, freeze, epoch, revision, sequence = found
+        pointer, pin, freeze, epoch, revision, sequence, switches = found
+        learning_frozen, exploration, clicks_accepted_ms = switches
         has_pointer = any(value is not None for value in pointer)
         fields: dict[str, Any] = {
             "pointer": dict(zip(POINTER_FIELDS, pointer, strict=True)) if has_pointer else None,
             "pin": pin,
             "frozen": freeze is not None,
+            "learning_frozen": learning_frozen == b"1",
+            "exploration": exploration or None,
+            "clicks_accepted_ms": clicks_accepted_ms or 0,
             "epoch": epoch or 0,
             "revision": max(int(revision or 0), int(pointer[2] or 0)),
             "sequence": sequence or 0,

@@ -1,4 +1,4 @@
-"""What an operator does to the registry: pin, unpin, freeze, unfreeze, roll back.
+"""What an operator, or an alert, does to the registry: pin, freeze, roll back, and what undoes it.
 
 Each action is one Lua script, so the learner's publications and other operators come before it or after it, never in
 between. It changes Redis first and is then written to the topic `control`. Only Redis can tell whether an action is
@@ -10,6 +10,11 @@ does not take the record, the action holds all the same, and the learner writes 
     freeze    the pointer stays where it is; learning goes on, what is published is stored
     unfreeze  the pointer may move again; it stays until the next publication
     rollback  the pointer moves to an older version; a freeze keeps the next publication from undoing it
+
+    freeze-learning    the learner makes no more updates; what it has not learned waits in Kafka
+    unfreeze-learning  it goes on where it stopped
+    explore            servers play what is believed best to all but a share of the traffic; 1: to nobody, as ever
+    accept-clicks      the joiner takes the clicks that come for all there are, and ends its holds
 
 Pin and rollback always give a new revision, by which servers know that they may go back. An action that would change
 nothing changes nothing: no revision, no audit.
@@ -39,6 +44,7 @@ from streams.contracts.registry import (
     published_channel,
     revision_key,
     sequence_key,
+    switches_key,
 )
 from streams.contracts.snapshot import FORMAT
 from streams.registry import Registry
@@ -49,7 +55,7 @@ MAX_REASON: Final = 1_000
 # KEYS[1] current, KEYS[2] pin, KEYS[3] freeze, KEYS[4] epoch, KEYS[5] revision, KEYS[6] sequence, KEYS[7] history,
 # KEYS[8] audit; ARGV[1] what, ARGV[2] who, ARGV[3] when in ms, ARGV[4] reason, ARGV[5] length of the audit,
 # ARGV[6] channel, ARGV[7] and ARGV[8] what the keys of blobs and manifests begin with, ARGV[9] version or '',
-# ARGV[10] '1' if a rollback freezes, ARGV[11] format of snapshots that servers read.
+# ARGV[10] '1' if a rollback freezes, ARGV[11] format of snapshots that servers read; KEYS[9] switches, ARGV[12] value.
 # Returns {'changed', audit record} or {refusal or 'unchanged', ''}.
 _BEGIN: Final = """
 if redis.call('EXISTS', KEYS[4]) == 0 then return {'empty', ''} end
@@ -61,7 +67,10 @@ local function state()
   if now[1] then
     pointer = {epoch = tonumber(now[1]), version = tonumber(now[2]), revision = tonumber(now[3]), sha256 = now[4]}
   end
+  local switches = redis.call('HMGET', KEYS[9], 'learning_frozen', 'exploration', 'clicks_accepted_ms')
   return {pointer = pointer, pin = redis.call('GET', KEYS[2]) or cjson.null, revision = revision,
+          learning_frozen = switches[1] == '1', exploration = tonumber(switches[2] or '') or cjson.null,
+          clicks_accepted_ms = tonumber(switches[3] or '') or 0,
           frozen = redis.call('EXISTS', KEYS[3]) == 1, epoch = number(KEYS[4]), sequence = number(KEYS[6])}
 end
 local function parts(name)
@@ -85,6 +94,12 @@ local function point_at(name)
   redis.call('PUBLISH', ARGV[6], before.revision + 1)
 end
 local changed = false
+-- Sets a switch; returns whether it was another.
+local function switch(name, value)
+  local is_new = (redis.call('HMGET', KEYS[9], name)[1] or '') ~= value
+  if is_new then redis.call('HSET', KEYS[9], name, value) end
+  return is_new
+end
 """
 
 _END: Final = """
@@ -109,6 +124,10 @@ end
     Action.UNPIN: "changed = redis.call('DEL', KEYS[2]) == 1\n",
     Action.FREEZE: "changed = redis.call('SETNX', KEYS[3], '1') == 1\n",
     Action.UNFREEZE: "changed = redis.call('DEL', KEYS[3]) == 1\n",
+    Action.FREEZE_LEARNING: "changed = switch('learning_frozen', '1')\n",
+    Action.UNFREEZE_LEARNING: "changed = switch('learning_frozen', '')\n",
+    Action.EXPLORE: "changed = switch('exploration', ARGV[12])\n",
+    Action.ACCEPT_CLICKS: "changed = switch('clicks_accepted_ms', ARGV[3])\n",
     Action.ROLLBACK: """
 if before.pin ~= cjson.null then return {'pinned', ''} end
 if current == '' then return {'no_pointer', ''} end
@@ -246,7 +265,32 @@ class Operator:
         """
         return self._act(Action.ROLLBACK, order, version, freeze=freeze)
 
-    def _act(self, action: Action, order: Order, version: Version | None = None, *, freeze: bool = False) -> Change:
+    def freeze_learning(self, order: Order) -> Change:
+        """Let the learner wait: it makes no update that is not recorded yet, and loses nothing; raises as `pin`."""
+        return self._act(Action.FREEZE_LEARNING, order)
+
+    def unfreeze_learning(self, order: Order) -> Change:
+        """Let the learner go on where it stopped; raises as `pin`."""
+        return self._act(Action.UNFREEZE_LEARNING, order)
+
+    def explore(self, share: float, order: Order) -> Change:
+        """Let only a share of the traffic beside the uniform one explore; raises as `pin`.
+
+        Args:
+            share: In [0, 1]; 1: all of it, as ever.
+            order: Who, when and why.
+        """
+        if not 0.0 <= share <= 1.0:
+            raise ValueError(f"the share that explores is {share}; must be in [0, 1]")
+        return self._act(Action.EXPLORE, order, value="" if share == 1.0 else f"{share:.6g}")
+
+    def accept_clicks(self, order: Order) -> Change:
+        """Let the joiner end its holds and learn the click rate anew; raises as `pin`."""
+        return self._act(Action.ACCEPT_CLICKS, order)
+
+    def _act(
+        self, action: Action, order: Order, version: Version | None = None, *, freeze: bool = False, value: str = ""
+    ) -> Change:
         model = self._model_id
         outcome, audit = self._scripts[action](
             keys=[
@@ -258,6 +302,7 @@ class Operator:
                 sequence_key(model),
                 history_key(model),
                 audit_key(model),
+                switches_key(model),
             ],
             args=[
                 action.value,
@@ -271,6 +316,7 @@ class Operator:
                 "" if version is None else version.key,
                 int(freeze),
                 FORMAT,
+                value,
             ],
         )
         if outcome not in (b"changed", b"unchanged"):

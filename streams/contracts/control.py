@@ -49,6 +49,12 @@ class RegistryState(_Frozen):
     """The version that the pointer does not leave by itself, as epoch:version."""
     frozen: bool = False
     """Whether the pointer stays wherever it is."""
+    learning_frozen: bool = False
+    """Whether the learner waits with what it has not learned yet."""
+    exploration: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    """Share of the traffic beside the uniform one that explores; the rest plays what is believed best. None: all."""
+    clicks_accepted_ms: Count = 0
+    """The newest moment at which an operator said that clicks are as rare as the world wants them."""
     epoch: Count = 0
     """Fencing epoch of the newest learner."""
     revision: Count = 0
@@ -75,6 +81,10 @@ class Action(StrEnum):
     FREEZE = "freeze"
     UNFREEZE = "unfreeze"
     ROLLBACK = "rollback"
+    FREEZE_LEARNING = "freeze-learning"
+    UNFREEZE_LEARNING = "unfreeze-learning"
+    EXPLORE = "explore"
+    ACCEPT_CLICKS = "accept-clicks"
 
 
 class AuditRecord(_Frozen):

@@ -5,11 +5,12 @@ it without this package. The columns are those of `Impression` plus the label:
 
     label       1 if a click within the attribution window is known, else 0
     reward      worth of the click (1.0 for a plain click), 0.0 without one
-    label_kind  `final`: will not change; `provisional`: negative so far; `late_positive`: corrects a provisional one
+    label_kind  `final`: will not change; `provisional`: negative so far; `late_positive`: corrects a provisional one;
+                `unknown`: shown when clicks were lost, so that neither label says anything, and not to be learned
     delay_ms    click time - impression time, null without a click
 
-Labels form a lattice: nothing < provisional negative < positive. A consumer keeps the strongest by decision id, so
-duplicates and re-emission after a crash change nothing.
+Labels form a lattice: nothing < unknown < provisional negative < positive. A consumer keeps the strongest by decision
+id, so duplicates and re-emission after a crash change nothing.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class LabelKind(StrEnum):
     FINAL = "final"
     PROVISIONAL = "provisional"
     LATE_POSITIVE = "late_positive"
+    UNKNOWN = "unknown"
 
 
 EXAMPLE_SCHEMA = pa.schema(

@@ -5,6 +5,7 @@
     current:{model}                     hash: epoch, version, revision, sha256; moved by scripts only
     pin:{model}                         epoch:version; present: the pointer does not leave it by itself
     freeze:{model}                      present: the pointer does not move by itself
+    switches:{model}                    hash: what learner, servers and joiner are told to do otherwise; '': as ever
     lease:{model}, epoch:{model}        who may publish, and the fencing epoch; without an epoch the registry is empty
     revision:{model}                    every revision up to this one was given out before Redis was emptied
     sequence:{model}                    how many operator actions have changed something
@@ -29,6 +30,8 @@ model's life."""
 AUDIT_LENGTH: Final = 1_000
 CANDIDATE_TTL_S: Final = 7 * 86_400
 """A learner that was stopped on a Friday can still be understood on Monday."""
+SWITCHES: Final = ("learning_frozen", "exploration", "clicks_accepted_ms")
+"""'1' while the learner waits; share of the traffic that explores; when an operator accepted the click rate."""
 _NAME: Final = re.compile(r"(\d{1,15})[.:](\d{1,15})")
 
 
@@ -97,6 +100,11 @@ def pin_key(model_id: str) -> str:
 def freeze_key(model_id: str) -> str:
     """Return the key of the freeze."""
     return f"freeze:{model_id}"
+
+
+def switches_key(model_id: str) -> str:
+    """Return the key of the hash with the fields `SWITCHES`."""
+    return f"switches:{model_id}"
 
 
 def revision_key(model_id: str) -> str:

@@ -76,25 +76,46 @@ class KafkaSettings(_Settings):
         return self
 
 
-class RedisSettings(_Settings):
+class ModelSettings(_Settings):
+    """Which model this is about."""
+
+    model_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = "default"
+    """Which model is learned and served; one registry can hold several."""
+
+
+class RedisSettings(ModelSettings):
     """How every Redis client connects."""
 
     redis_url: SecretStr
-    """redis://[user:password@]host:port/db, rediss:// for TLS. A secret, as it may hold a password."""
-    model_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = "default"
-    """Which model is learned and served; one registry can hold several."""
+    """redis://[user:password@]host:port/db, rediss:// for TLS. A secret, as it may hold a password. The joiner needs
+    none, and carries out GENCO_ALERT_ACTIONS with it."""
 
     @field_validator("redis_url")
     @classmethod
     def _redis_url(cls, value: SecretStr) -> SecretStr:
-        try:
-            parts = urlsplit(value.get_secret_value())
-            is_good = parts.scheme in ("redis", "rediss") and parts.hostname and parts.port != 0
-        except ValueError:  # a port that is no number
-            is_good = False
-        if not is_good:
-            raise ValueError("expected redis://[user:password@]host:port/db, or rediss:// for TLS")
-        return value
+        return _checked_redis_url(value)
+
+
+def _checked_redis_url(value: SecretStr) -> SecretStr:
+    try:
+        parts = urlsplit(value.get_secret_value())
+        is_good = parts.scheme in ("redis", "rediss") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number
+        is_good = False
+    if not is_good:
+        raise ValueError("expected redis://[user:password@]host:port/db, or rediss:// for TLS")
+    return value
+
+
+class ActionSettings(_Settings):
+    """What is done by itself when an alert fires."""
+
+    alert_actions: str = "JoinRateDrop=freeze-learning"
+    """What to do when an alert fires, as ALERT=ACTION[+ACTION...],ALERT=...: freeze-learning (until it is resolved),
+    freeze-publication, rollback (to the newest version made before it fired), shrink-exploration. Undone by hand, see
+    `genco policy`."""
+    shrunk_exploration: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25
+    """Share of the traffic beside the uniform one that still explores after shrink-exploration."""
 
 
 class SigningSettings(_Settings):
@@ -137,9 +158,12 @@ class WindowSettings(_Settings):
         return self
 
 
-class JoinSettings(KafkaSettings, WindowSettings, MetricsSettings):
+class JoinSettings(KafkaSettings, ModelSettings, ActionSettings, WindowSettings, MetricsSettings):
     """Settings of `genco join`."""
 
+    redis_url: SecretStr | None = None
+    """redis://[user:password@]host:port/db, rediss:// for TLS. A secret, as it may hold a password. The joiner needs
+    none, and carries out GENCO_ALERT_ACTIONS with it."""
     joiner_group: str = "genco-joiner"
     """Consumer group; processes with the same group share the partitions."""
     joiner_instance_id: str | None = None
@@ -160,8 +184,20 @@ class JoinSettings(KafkaSettings, WindowSettings, MetricsSettings):
     dead_letter_max_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
     """When more than this share of a topic's newest 500 to 1,000 events is bad, the joiner stops reading: it is another
     schema, not a bad line. 1: never."""
+    join_drop_ratio: Annotated[float, Field(ge=0.0, le=0.9)] = 0.4
+    """When fewer than this share of the expected clicks meet their impressions, click delivery is taken for broken:
+    the watermark is held. Higher, a smaller drop is found, and a change of the world is sooner taken for one. 0: never.
+    Not watched with GENCO_IDLE_TIMEOUT_MS=0."""
+    join_hold_max_ms: Annotated[int, Field(ge=1_000, le=7 * 86_400_000)] = 600_000
+    """A watermark is held this long; then impressions leave as unknown, which nobody learns, until clicks come again or
+    `genco policy accept-clicks`. Meanwhile memory must fit what is shown, or less is read."""
     stall_timeout_ms: Annotated[int, Field(ge=10_000, le=3_600_000)] = 60_000
     """A joiner that makes no progress for so long ends itself, to be started anew."""
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis_url(cls, value: SecretStr | None) -> SecretStr | None:
+        return None if value is None else _checked_redis_url(value)
 
 
 class LearnSettings(KafkaSettings, RedisSettings, SigningSettings, WindowSettings, MetricsSettings):

@@ -97,14 +97,17 @@ def learn(client: redis.Redis) -> None:
         assert learner.publish(snapshot(version)) is Outcome.PUBLISHED
     learner.show(snapshot(1).manifest)
     assert learner.renew()
+    assert not learner.learning_is_frozen()
     learner.release()
 
 
 def serve(client: redis.Redis) -> None:
     """All that a server sends."""
-    fetched = SnapshotStore(client, MODEL, KEY).fetch_current(None)
+    store = SnapshotStore(client, MODEL, KEY)
+    fetched = store.fetch_current(None)
     assert fetched is not None
     assert fetched.manifest.version == 3
+    assert store.exploration() == 1.0
     with client.pubsub() as pubsub:
         pubsub.subscribe(f"published:{MODEL}")
         message = pubsub.get_message(timeout=5.0)
@@ -130,6 +133,7 @@ def operate(client: redis.Redis) -> None:
     assert operator.unpin(order).after.pin is None
     assert operator.freeze(order).after.frozen
     assert not operator.unfreeze(order).after.frozen
+    assert operator.explore(0.25, order).after.exploration == 0.25
     operator.pin(Version(1, 3), order)
     operator.unpin(order)
     assert operator.rollback(None, order).after.current == Version(1, 2)

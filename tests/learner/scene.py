@@ -124,6 +124,7 @@ class Registry:
     """What Redis holds; outlives every process."""
 
     epoch: int = 0
+    learning_frozen: bool = False
     shown: list[Any] = field(default_factory=list)
     published: list[PolicySnapshot] = field(default_factory=list)
 
@@ -143,6 +144,9 @@ class Publisher:
 
     def renew(self) -> bool:
         return True
+
+    def learning_is_frozen(self) -> bool:
+        return self._registry.learning_frozen
 
     def release(self) -> None:
         self.holds_lease = False

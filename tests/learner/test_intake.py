@@ -63,6 +63,8 @@ POSITIVE = {"label": 1}
         ([POSITIVE, LATE], [0], {"duplicate": 1}),
         ([{"label": 2}, {"label": -1}, {"label_kind": "late_positive"}], [], {"bad_label": 3}),
         ([{"label_kind": "perhaps"}], [], {"bad_label": 1}),
+        ([{"label_kind": "unknown"}, POSITIVE | {"label_kind": "unknown"}], [], {"unknown_label": 2}),
+        ([{"label_kind": "unknown"}, NEGATIVE], [1], {"unknown_label": 1}),
         ([{"propensity": p} for p in (0.0, 1.5, -1.0, math.nan)], [], {"bad_propensity": 4}),
         ([{"survival_probability": p} for p in (0.0, 1e-9, 1.1, math.nan)], [], {"bad_propensity": 4}),
         ([POSITIVE | {"reward": r} for r in (math.inf, math.nan, -1.0, 1e10)], [], {"bad_reward": 4}),

@@ -96,6 +96,27 @@ def test_pin_survives_flushall_with_larger_numbers(
     assert owner.publish(snapshot(model, 2, 8)) is Outcome.PUBLISHED
 
 
+def test_switches_survive_flushall(client: redis.Redis, model: str) -> None:
+    topic = Topic()
+    owner = controlled(client, model, topic)
+    assert owner.acquire()
+    operator, order = Operator(Registry(client, model), client, topic.append), Order(who="ann", when_ms=77)
+    operator.freeze_learning(order)
+    operator.explore(0.25, order)
+    operator.accept_clicks(order)
+    client.flushall()
+    assert owner.acquire()
+    state = Registry(client, model).state()
+    assert (state.learning_frozen, state.exploration, state.clicks_accepted_ms) == (True, 0.25, 77)
+    assert owner.learning_is_frozen()
+    operator.explore(1.0, order)
+    operator.unfreeze_learning(order)
+    client.flushall()
+    assert owner.acquire()
+    state = Registry(client, model).state()
+    assert (state.learning_frozen, state.exploration, state.clicks_accepted_ms) == (False, None, 77)
+
+
 def test_new_learner_without_a_checkpoint_goes_on_from_the_topic(client: redis.Redis, model: str) -> None:
     topic = Topic()
     owner = controlled(client, model, topic)

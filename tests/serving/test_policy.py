@@ -119,15 +119,20 @@ def logit(
     return total
 
 
-def test_propensities_of_all_creatives_add_up_to_one() -> None:
-    policy, request = policy_of(), request_of()
+EXPLORED = pytest.mark.parametrize("explored", [1.0, 0.25, 0.0])
+
+
+@EXPLORED
+def test_propensities_of_all_creatives_add_up_to_one(explored: float) -> None:
+    policy, request = policy_of().exploring(explored), request_of()
     joint = [policy.propensity(request, creative)[1] for creative in creatives()]
     assert sum(joint) == pytest.approx(1.0, abs=1e-12)
     assert min(joint) == pytest.approx(0.1 / 24)
 
 
-def test_slot_propensities_multiply_to_the_joint_and_are_conditionals() -> None:
-    policy, request = policy_of(), request_of()
+@EXPLORED
+def test_slot_propensities_multiply_to_the_joint_and_are_conditionals(explored: float) -> None:
+    policy, request = policy_of().exploring(explored), request_of()
     joint = {tuple(c.values()): policy.propensity(request, c)[1] for c in creatives()}
     for creative in creatives():
         slots, whole = policy.propensity(request, creative)
@@ -139,14 +144,16 @@ def test_slot_propensities_multiply_to_the_joint_and_are_conditionals() -> None:
         assert slots["image"] == pytest.approx(both / first, rel=1e-9)
 
 
-def test_propensity_equals_the_frequency_over_seeds() -> None:
-    policy, n = policy_of(), 20_000
+@EXPLORED
+def test_propensity_equals_the_frequency_over_seeds(explored: float) -> None:
+    policy, n = policy_of().exploring(explored), 20_000
     choices = policy.choose([request_of(seed) for seed in range(n)])
     counts: dict[tuple[str, ...], int] = {}
     for choice in choices:
         key = tuple(choice.creative.values())
         counts[key] = counts.get(key, 0) + 1
     expected = {tuple(c.values()): n * policy.propensity(request_of(), c)[1] for c in creatives()}
+    assert (max(expected.values()) > n * 0.9 * (1 - explored)) or explored == 1.0
     chi2 = sum((counts.get(key, 0) - e) ** 2 / e for key, e in expected.items())
     # 23 degrees of freedom: above 75 in one run of 5 million; the seeds are fixed.
     assert chi2 < 75

@@ -20,8 +20,9 @@ from serving.policy import DecisionRequest, Policy
 from serving.policy_holder import PolicyHolder
 from serving.refresher import Refresher, described_elements
 from serving.snapshot_store import Fetched, LastGood, SnapshotStore
-from streams.contracts.registry import blob_key, current_key, manifest_key
+from streams.contracts.registry import blob_key, current_key, manifest_key, switches_key
 from streams.contracts.snapshot import GateVerdict, SnapshotError
+from tests.serving.test_policy import policy_of, request_of
 from tests.snapshots import real_blob
 
 KEY = b"k" * 32
@@ -429,6 +430,35 @@ def test_swaps_never_disturb_those_who_decide(
 
 
 # -- a real snapshot -------------------------------------------------------------------------------
+
+
+def test_server_explores_as_much_as_the_registry_says(
+    redis_db: redis.Redis, make_refresher: Make, make_snapshot: Make, publish: Make
+) -> None:
+    publish(redis_db, *make_snapshot(1), revision=1)
+    refresher, holder = make_refresher(redis_db, build=lambda blob, manifest: policy_of())
+    refresher.refresh()
+    requests = [request_of(seed) for seed in range(300)]
+
+    def num_played() -> int:
+        """Return how many creatives are chosen by more than the uniform share."""
+        return len({tuple(c.creative.values()) for c in holder.current.policy.choose(requests) if not c.holdout})
+
+    assert holder.current.exploration == 1.0
+    assert num_played() > 1
+    redis_db.hset(switches_key("default"), "exploration", "0")
+    assert not refresher.refresh(), "no newer snapshot"
+    assert (holder.current.exploration, num_played()) == (0.0, 1)
+    assert len(holder.swaps()) == 1
+    # Also the next snapshot; and what cannot be is not followed.
+    redis_db.hset(switches_key("default"), "exploration", "nan")
+    publish(redis_db, *make_snapshot(2), revision=2)
+    assert refresher.refresh()
+    assert (holder.current.exploration, num_played()) == (0.0, 1)
+    redis_db.hset(switches_key("default"), "exploration", "")
+    refresher.refresh()
+    assert holder.current.exploration == 1.0
+    assert num_played() > 1
 
 
 def test_real_snapshot_is_published_loaded_and_decides(

@@ -2,22 +2,24 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from aiokafka.errors import KafkaError
 from faust.types import TP
 
 import streams.joiner as module
+from streams.contracts.alerts import Alert
 from streams.contracts.codec import encode_batch, encode_mark
 from streams.contracts.dead_letters import DeadLetter
 from streams.contracts.events import Click, Impression
 from streams.contracts.examples import decode_examples
 from streams.contracts.settings import JoinSettings
-from streams.contracts.topics import CLICKS, DEAD_LETTERS, EXAMPLES, IMPRESSIONS
+from streams.contracts.topics import ALERTS, CLICKS, DEAD_LETTERS, EXAMPLES, IMPRESSIONS
 from streams.event_clock import JOIN_TOPICS, JoinTopic
 from streams.joiner import Joiner
 from streams.watchdog import Watchdog
@@ -41,6 +43,8 @@ class Consumer:
     """Offsets without a record: where they begin and end."""
     held: set[TP] = field(default_factory=set)
     commits: list[dict[TP, int]] = field(default_factory=list)
+    notes: dict[TP, str] = field(default_factory=dict)
+    """Beside the committed offsets."""
     takes_commits: bool = True
     is_member: bool = True
     during_commit: Callable[[], None] | None = None
@@ -67,12 +71,16 @@ class Consumer:
     def has_lost_its_group(self) -> bool:
         return not self.is_member
 
-    async def commit_positions(self, offsets: Mapping[TP, int]) -> bool:
+    async def commit_positions(self, offsets: Mapping[TP, int], notes: Mapping[TP, str] | None = None) -> bool:
         if self.during_commit is not None:
             self.during_commit()
         if self.takes_commits:
             self.commits.append(dict(offsets))
+            self.notes |= {place: (notes or {}).get(place, "") for place in offsets}
         return self.takes_commits
+
+    async def committed_notes(self, places: Set[TP]) -> dict[TP, str]:
+        return {place: self.notes[place] for place in places if place in self.notes}
 
 
 @dataclass
@@ -84,7 +92,9 @@ class Producer:
     waiting: list[asyncio.Future[None]] = field(default_factory=list)
     during_send: Callable[[], None] | None = None
 
-    async def send(self, topic: str, value: bytes, *, partition: int, headers: Any = None) -> Awaitable[None]:
+    async def send(
+        self, topic: str, value: bytes, *, partition: int, headers: Any = None, key: bytes | None = None
+    ) -> Awaitable[None]:
         self.sent.append((topic, partition, value, headers))
         if self.during_send is not None:
             self.during_send()
@@ -712,3 +722,95 @@ def test_sign_is_missing_for_what_does_not_go_on() -> None:
         assert await signs() == {"event loop", "fetches"}
 
     run(main())
+
+
+# -- clicks that cease -------------------------------------------------------------------------------------------------
+
+
+class Ceasing:
+    """A joiner whose clicks cease after twelve seconds; a tenth of the impressions are clicked at once."""
+
+    def __init__(self, clock: Clock, **changes: Any) -> None:
+        self.clock = clock
+        self.bench = Bench(idle_timeout_ms=500, join_hold_max_ms=60_000, **changes)
+        self.number = 0
+
+    async def go_on(self, seconds: int, *, with_clicks: bool) -> None:
+        for _ in range(10 * seconds):
+            now_ms = self.clock.now_ms
+            ids = [str(self.number + i) for i in range(20)]
+            self.number += 20
+            self.bench.add(IMPRESSIONS, *[shown(id_, now_ms) for id_ in ids], time_ms=now_ms)
+            if with_clicks:
+                self.bench.add(CLICKS, *[clicked(id_, now_ms) for id_ in ids[:2]], time_ms=now_ms)
+            self.clock.now_ms += 100
+            self.bench.consumer.answered_ms = self.clock.now_ms
+            await self.bench.pump()
+
+    def alerts(self) -> list[Alert]:
+        return [Alert.from_bytes(value) for topic, _, value, _ in self.bench.producer.sent if topic == ALERTS]
+
+
+def test_when_clicks_cease_the_joiner_holds_tells_and_keeps_the_hold_beside_its_offset(clock: Clock) -> None:
+    async def main() -> None:
+        scene = Ceasing(clock)
+        await scene.go_on(12, with_clicks=True)
+        assert scene.alerts() == []
+        await scene.go_on(6, with_clicks=False)
+        alert = scene.alerts()[0]
+        assert (alert.name, alert.cause, alert.state) == ("JoinRateDrop", "join broken", "firing")
+        sent = len(scene.bench.producer.ids())
+        await scene.go_on(2, with_clicks=False)
+        assert len(scene.bench.producer.ids()) == sent
+        note = scene.bench.consumer.notes[CLICKED]
+        assert alert.alert_id in note
+
+        heir = Ceasing(clock)
+        heir.number = 10**6
+        heir.bench.consumer.notes[CLICKED] = note
+        await heir.go_on(6, with_clicks=False)
+        assert heir.bench.producer.ids() == []
+        await heir.go_on(12, with_clicks=True)
+        assert heir.bench.producer.ids() != []
+        assert (heir.alerts()[-1].alert_id, heir.alerts()[-1].state) == (alert.alert_id, "resolved")
+
+    run(main())
+
+
+def test_nothing_is_decided_before_the_notes_beside_the_offsets_are_read(clock: Clock) -> None:
+    async def main() -> None:
+        scene = Ceasing(clock)
+
+        async def silent(_: Set[TP]) -> dict[TP, str]:
+            raise KafkaError("away")
+
+        heard, scene.bench.consumer.committed_notes = scene.bench.consumer.committed_notes, silent  # type: ignore[method-assign]
+        await scene.go_on(5, with_clicks=True)
+        assert scene.bench.producer.ids() == []
+        scene.bench.consumer.committed_notes = heard  # type: ignore[method-assign]
+        await scene.bench.pump()
+        assert len(scene.bench.producer.ids()) >= 20 * 20
+
+    run(main())
+
+
+def test_an_operator_accepts_the_click_rate(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        scene = Ceasing(clock)
+        accepted: list[int] = [0]
+        monkeypatch.setattr(scene.bench.joiner._desk, "accepted_ms", lambda: accepted[0])
+        await scene.go_on(12, with_clicks=True)
+        await scene.go_on(8, with_clicks=False)
+        sent = len(scene.bench.producer.ids())
+        accepted[0] = clock.now_ms
+        await scene.go_on(2, with_clicks=False)
+        assert len(scene.bench.producer.ids()) > sent + 60
+        assert scene.bench.joiner._guard is not None
+        assert not scene.bench.joiner._guard.has_hold
+
+    run(main())
+
+
+@pytest.mark.parametrize("changes", [{"idle_timeout_ms": 0}, {"join_drop_ratio": 0.0}])
+def test_clicks_are_not_watched_where_that_was_not_asked_for(changes: dict[str, Any]) -> None:
+    assert Bench(**{"idle_timeout_ms": 500, **changes}).joiner._guard is None

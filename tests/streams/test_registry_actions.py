@@ -242,22 +242,51 @@ def test_rollback_is_refused_where_it_makes_no_sense(scene: Scene) -> None:
     assert scene.refused(lambda: scene.operator.rollback(Version(1, 1), ORDER)) is Refusal.PINNED
 
 
+# -- switches ----------------------------------------------------------------------------------------------------------
+
+
+def test_switches_are_set_and_undone(scene: Scene) -> None:
+    scene.learn(1)
+    assert scene.operator.freeze_learning(ORDER).after.learning_frozen
+    assert scene.publisher.learning_is_frozen()
+    assert scene.operator.explore(0.25, ORDER).after.exploration == 0.25
+    assert scene.operator.explore(0.0, ORDER).after.exploration == 0.0
+    after = scene.operator.explore(1.0, ORDER).after
+    assert (after.exploration, after.learning_frozen) == (None, True)
+    assert not scene.operator.unfreeze_learning(ORDER).after.learning_frozen
+    assert not scene.publisher.learning_is_frozen()
+    assert scene.current == ("1.1", 1), "the pointer has nothing to do with it"
+    with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+        scene.operator.explore(1.5, ORDER)
+
+
+def test_accepted_clicks_say_when(scene: Scene) -> None:
+    scene.learn(1)
+    for when_ms in (7, 9):
+        after = scene.operator.accept_clicks(Order(who="ann", when_ms=when_ms)).after
+        assert after.clicks_accepted_ms == when_ms
+    assert scene.registry.state().clicks_accepted_ms == 9
+
+
 # -- what holds for all ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("action", list(Action))
+@pytest.mark.parametrize("action", [action for action in Action if action is not Action.ACCEPT_CLICKS])
 def test_action_done_twice_changes_nothing_the_second_time(scene: Scene, action: Action) -> None:
     scene.learn(1, 2)
     if action is Action.UNPIN:
         scene.operator.pin(Version(1, 1), ORDER)
     if action is Action.UNFREEZE:
         scene.operator.freeze(ORDER)
+    if action is Action.UNFREEZE_LEARNING:
+        scene.operator.freeze_learning(ORDER)
     scene.records.clear()
 
     def act(when_ms: int) -> Any:
         order = Order(who="ann", when_ms=when_ms)
         version = (Version(1, 1),) if action in (Action.PIN, Action.ROLLBACK) else ()
-        return getattr(scene.operator, action.value)(*version, order)
+        share = (0.25,) if action is Action.EXPLORE else ()
+        return getattr(scene.operator, action.value.replace("-", "_"))(*version, *share, order)
 
     first, second = act(1), act(2)
     assert first.audit is not None

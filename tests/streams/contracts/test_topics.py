@@ -53,6 +53,7 @@ def test_registry_keys_are_those_of_the_design_and_never_meet() -> None:
         "current_key": "current:m",
         "pin_key": "pin:m",
         "freeze_key": "freeze:m",
+        "switches_key": "switches:m",
         "revision_key": "revision:m",
         "sequence_key": "sequence:m",
         "audit_key": "audit:m",
