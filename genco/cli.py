@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _extra(package: str) -> str:
     """Return how to install what is missing."""
-    extras = {"fastapi": "serving", "uvicorn": "serving", "torch": "learner", "matplotlib": "plot"}
+    extras = {"fastapi": "serving", "uvicorn": "serving", "torch": "learner", "matplotlib": "plot", "river": "monitor"}
     extras |= dict.fromkeys(("faust", "aiokafka", "fsspec"), "streams")
     extras |= dict.fromkeys(("numba", "psutil", "vowpalwabbit"), "bench")
     return f"install it with the extra {extras.get(package, 'local')}: pip install '.[{extras.get(package, 'local')}]'"

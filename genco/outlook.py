@@ -21,7 +21,8 @@ from serving.policy import DecisionRequest, Policy
 from serving.predictor import Predictor
 from serving.snapshot_store import Fetched, SnapshotStore
 from streams.clients import UnreachableError, assign_whole_topic, kafka_consumer, redis_client
-from streams.contracts.examples import ExampleBatch
+from streams.contracts.control import RegistryState
+from streams.contracts.examples import ExampleBatch, LabelKind
 from streams.contracts.registry import Version
 from streams.contracts.settings import MonitorSettings
 from streams.contracts.snapshot import SnapshotError, SnapshotManifest, unpack_tensors
@@ -37,6 +38,8 @@ MAX_POLICIES: Final = 16
 MAX_RECOMPUTED: Final = 16
 """Decisions that are repeated at each look; each is a search."""
 TOLERANCE: Final = 1e-6
+MAX_ACTIONS: Final = 100
+"""Newest operator actions in which is sought how much of the traffic has explored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,22 +60,42 @@ class RegistryOutlook:
         self._registry = Registry(client, settings.model_id)
         self._revision: int | None = None
         self._served: Version | None = None
+        self._state = RegistryState()
+        self._shares: list[float] = []
         self._policies: OrderedDict[Version, _Known] = OrderedDict()
         self._letters: KafkaConsumer | None = None
         self._num_letters: int | None = None
 
     def look(self, now_ms: int, recent: Sequence[ExampleBatch]) -> Look:
         """Return what the registry says; what does not answer is left out, and logged."""
-        model, is_held, refused = None, False, ""
+        model, refused = None, ""
+        num_mismatched = num_recomputed = 0
         try:
             model = self._newest(now_ms)
-            state = self._registry.state()
-            is_held = state.frozen or state.pin is not None
+            self._note_state(self._registry.state())
             refused = self._refusal(self._registry.candidate())
+            num_mismatched, num_recomputed = self._audit(recent)
         except (redis.RedisError, SnapshotError, ValueError) as error:
             logger.warning("the registry tells nothing", extra={"cause": f"{type(error).__name__}: {error}"[:200]})
-        num_mismatched, num_recomputed = self._audit(recent)
-        return Look(model, is_held, refused, num_mismatched, num_recomputed, self._new_letters())
+        state = self._state
+        return Look(
+            model=model,
+            is_held=state.frozen or state.pin is not None or state.learning_frozen,
+            exploration=_share(state),
+            refused=refused,
+            num_mismatched=num_mismatched,
+            num_recomputed=num_recomputed,
+            num_dead_letters=self._new_letters(),
+        )
+
+    def _note_state(self, state: RegistryState) -> None:
+        """Keep the state until the next one, and how much has explored since a while ago, the newest first."""
+        if not self._shares or state.sequence != self._state.sequence:
+            actions = self._registry.audit(MAX_ACTIONS)
+            states = [state, *(each for action in actions for each in (action.after, action.before))]
+            # 1 is what a server does before it has asked.
+            self._shares = list(dict.fromkeys([*map(_share, states), 1.0]))
+        self._state = state
 
     def _newest(self, now_ms: int) -> Model | None:
         """Return the policy that serves, if it is another than at the last look."""
@@ -116,10 +139,11 @@ class RegistryOutlook:
         for batch in reversed(recent):
             for version, known in self._policies.items():
                 is_its = (batch.epoch == version.epoch) & (batch.policy_version == version.number)
+                is_its &= ~batch.has_kind(LabelKind.UNKNOWN)
                 rows = np.flatnonzero(is_its)[: MAX_RECOMPUTED - num_recomputed]
                 if not len(rows):
                     continue
-                differing, repeated = _repeat(known, batch.take(rows))
+                differing, repeated = _repeat(known, batch.take(rows), self._shares)
                 num_mismatched += differing
                 num_recomputed += repeated
         return num_mismatched, num_recomputed
@@ -137,9 +161,15 @@ class RegistryOutlook:
         return 0 if before is None else max(0, self._num_letters - before)
 
 
-def _repeat(known: _Known, batch: ExampleBatch) -> tuple[int, int]:
+def _share(state: RegistryState) -> float:
+    return 1.0 if state.exploration is None else state.exploration
+
+
+def _repeat(known: _Known, batch: ExampleBatch, shares: Sequence[float]) -> tuple[int, int]:
     """Compare logged propensities with those of their snapshot; return how many differ, and how many were compared.
 
+    A propensity is right if it is that of one of the `shares` of the traffic that have explored: which of them a server
+    knew when it decided is not logged.
     Decisions with elements whose content the snapshot lacks are left out: it may have come with the request.
     """
     spec = known.policy.spec
@@ -151,7 +181,8 @@ def _repeat(known: _Known, batch: ExampleBatch) -> tuple[int, int]:
         wanted = {(spec.slot_index.get(slot, -1), e) for slot, ids in candidates.items() for e in ids}
         if source != "policy" or not wanted <= known.has_content:
             continue
-        _, propensity = known.policy.propensity(DecisionRequest(product_id, context, candidates), creative)
+        request = DecisionRequest(product_id, context, candidates)
+        repeated = (known.policy.exploring(share).propensity(request, creative)[1] for share in shares)
         num_repeated += 1
-        num_mismatched += not math.isclose(propensity, float(logged), rel_tol=TOLERANCE)
+        num_mismatched += not any(math.isclose(each, float(logged), rel_tol=TOLERANCE) for each in repeated)
     return num_mismatched, num_repeated

@@ -52,6 +52,7 @@ class Look:
     model: Model | None = None
     """The policy that serves, if it is another than at the last look."""
     is_held: bool = False
+    exploration: float = 1.0
     refused: str = ""
     num_mismatched: int = 0
     num_recomputed: int = 0
@@ -158,6 +159,7 @@ class MonitorProcess:
         foreign = next((a for a in self._others.values() if a.name == JOIN_RATE_DROP), None)
         facts = Facts(
             is_held=look.is_held,
+            exploration=look.exploration,
             refused=look.refused,
             num_mismatched=look.num_mismatched,
             num_recomputed=look.num_recomputed,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final
 
-from streams.monitor.detectors import Adwin, PageHinkley, Scored, chance_of_alarm
+from streams.monitor.detectors import chance_of_alarm, drift_detectors
 from streams.monitor.tallies import Step
 
 if TYPE_CHECKING:
@@ -35,14 +35,7 @@ class Minutes:
         self._step = Step()
         self._begun_ms: int | None = None
         self._clicks, self._num = 1.0, 25.0
-        self.detectors = {
-            (signal, name): Scored(detector)
-            for signal in SIGNALS
-            for name, detector in (
-                ("adwin", Adwin()),
-                ("page_hinkley", PageHinkley(min_instances=30, delta=0.5, threshold=12.0)),
-            )
-        }
+        self.detectors = {(signal, name): scored for signal in SIGNALS for name, scored in drift_detectors().items()}
         self.values: dict[str, float] = {}
         """Numbers of the last minute."""
 

@@ -28,6 +28,8 @@ from streams.monitor.traffic import Delays, Lateness, Mix, PolicyHealth
 ACCEPTED_AFTER_MS: Final = {Cause.MIX_MOVED: 3_600_000, Cause.WORLD_CHANGED: 600_000}
 """After so long what has changed may be the usual."""
 SHOWN_SLICES: Final = 20
+SHOWN_AFTER_MS: Final = 60_000
+"""Servers follow a switch, and what they have decided is shown, within so long."""
 _PREDICTION_BINS: Final = np.linspace(-8.0, 2.0, 21)
 
 
@@ -53,7 +55,9 @@ class Facts:
     """What was learned elsewhere since the last tick."""
 
     is_held: bool = False
-    """A pin or a freeze holds the pointer."""
+    """A pin or a freeze holds the pointer, or learning is frozen: the model that serves is to stay what it is."""
+    exploration: float = 1.0
+    """Share of the traffic beside the uniform one that explores."""
     refused: str = ""
     """Why the gate refused the newest snapshot; empty: it did not."""
     num_mismatched: int = 0
@@ -105,12 +109,17 @@ class Monitor:
         self.tally = _Tally()
         self.findings: list[Finding] = []
         self.newest_ms = 0
+        """Newest impression that may be learned."""
+        self.num_unknown = 0
+        """Examples of unknown label."""
         self.last_arrivals = Arrivals()
         """Of the last step."""
         self._arrivals = Arrivals()
         self._num_unmatched = self._num_not_finite = 0
         self._changed_since_ms: int | None = None
         self._distrusted_until_ms = self._explained_until_ms = 0
+        self._shrunk_to_ms = 0
+        """Event time up to which impressions may have been decided while exploration was shrunk."""
 
     @property
     def base_rate(self) -> float:
@@ -135,7 +144,7 @@ class Monitor:
         self.tally.norm_jump = jump
 
     def add(self, batch: ExampleBatch, partition: int, written_ms: IntArray | int, now_ms: int) -> None:
-        """Take examples of a partition.
+        """Take examples of a partition. Those of unknown label move the clock and count nowhere else.
 
         Args:
             batch: N examples; a few thousand at a time cost least.
@@ -145,16 +154,23 @@ class Monitor:
         """
         if not len(batch):
             return
+        self.clocks.note(partition, int(batch.occurred_at_ms.max()), now_ms)
+        written_N = np.broadcast_to(written_ms, len(batch))
+        is_unknown_N = batch.has_kind(LabelKind.UNKNOWN)
+        if is_unknown_N.any():
+            self.num_unknown += int(is_unknown_N.sum())
+            batch, written_N = batch.take(np.flatnonzero(~is_unknown_N)), written_N[~is_unknown_N]
+        if len(batch):
+            self._add_known(batch, written_N)
+
+    def _add_known(self, batch: ExampleBatch, written_N: IntArray) -> None:
         current_N, reference_N = self.models.predict(batch)
         self.maturing.add(self.reader.rows(batch, current_N, reference_N))
         is_late_N = batch.has_kind(LabelKind.LATE_POSITIVE)
         shown = batch.take(np.flatnonzero(~is_late_N)) if is_late_N.any() else batch
-        newest_ms = int(batch.occurred_at_ms.max())
-        self.clocks.note(partition, newest_ms, now_ms)
-        self.newest_ms = max(self.newest_ms, newest_ms)
+        self.newest_ms = max(self.newest_ms, int(batch.occurred_at_ms.max()))
         if len(shown):
             self._arrivals.add(self.reader.arrivals(shown))
-            written_N = np.broadcast_to(written_ms, len(batch))
             self.lateness.observe(written_N[~is_late_N] - shown.occurred_at_ms)
         self._count_predictions(current_N[~is_late_N])
 
@@ -177,7 +193,9 @@ class Monitor:
         current = self.models.current
         if self.last_arrivals.num:
             self.mix.observe(self.last_arrivals.products, self.reader.fields(self.last_arrivals.contexts))
-            self.policy.observe(self.last_arrivals, current.epsilon if current is not None else 0.01)
+            is_shrunk = self.clocks.reached_ms(now_ms) < self._shrunk_to_ms
+            epsilon = current.epsilon if current is not None else 0.01
+            self.policy.observe(self.last_arrivals, epsilon, is_shrunk=is_shrunk)
         if step is not None:
             self.delays.observe(step.delays)
             is_trusted, is_explained = now_ms >= self._distrusted_until_ms, now_ms < self._explained_until_ms
@@ -204,6 +222,8 @@ class Monitor:
 
     def _take_facts(self, facts: Facts, now_ms: int) -> None:
         self.facts, tally = facts, self.tally
+        if facts.exploration < 1.0:
+            self._shrunk_to_ms = now_ms + SHOWN_AFTER_MS
         tally.num_mismatched += facts.num_mismatched
         tally.num_recomputed += facts.num_recomputed
         tally.num_not_finite = self.models.num_not_finite - self._num_not_finite

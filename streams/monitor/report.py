@@ -126,6 +126,7 @@ class MonitorReport:
         self._waiting.set(monitor.maturing.num_waiting)
         self._left_out.labels("too_late").set(monitor.maturing.num_too_late)
         self._left_out.labels("no_room").set(monitor.maturing.num_dropped)
+        self._left_out.labels("unknown_label").set(monitor.num_unknown)
 
     def tell(self, alerts: Iterable[Alert]) -> None:
         """Write a line for each alert that begins or ends."""

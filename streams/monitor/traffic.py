@@ -72,6 +72,7 @@ class PolicyHealth:
     def __init__(self) -> None:
         self._window = Arrivals()
         self._audit = Arrivals()
+        self._is_shrunk = False
         self._ratios: deque[float] = deque(maxlen=POLICY_HISTORY)
         self.entropy_ratio = math.nan
         self.usual_entropy_ratio = math.nan
@@ -86,8 +87,16 @@ class PolicyHealth:
         self.num_inconsistent = 0
         """In the last window."""
 
-    def observe(self, arrivals: Arrivals, epsilon: float) -> None:
-        """Take impressions, decided with this uniform share."""
+    def observe(self, arrivals: Arrivals, epsilon: float, *, is_shrunk: bool = False) -> None:
+        """Take impressions.
+
+        Args:
+            arrivals: Their sums.
+            epsilon: Uniform share with which they were decided.
+            is_shrunk: Some of them may have been decided while somebody let only a share of the traffic explore: their
+                entropy is neither judged nor usual.
+        """
+        self._is_shrunk |= is_shrunk
         self._window.add(arrivals)
         self._audit.add(arrivals)
         if self._window.num >= POLICY_WINDOW:
@@ -97,13 +106,15 @@ class PolicyHealth:
 
     def _close_window(self, epsilon: float) -> None:
         window, self._window = self._window, Arrivals()
+        is_shrunk, self._is_shrunk = self._is_shrunk, False
         self.entropy_ratio, self.min_scaled = window.entropy_ratio, window.min_scaled
         self.effective_ratio, self.num_inconsistent = window.effective_ratio, window.num_inconsistent
         # Rounding in slot propensities must not look like a missing floor.
         self.is_below_floor = window.min_scaled < 0.99 * epsilon
-        is_low = len(self._ratios) >= 10 and self.entropy_ratio < COLLAPSE * self.usual_entropy_ratio
+        is_known = len(self._ratios) >= 10 and not is_shrunk
+        is_low = is_known and self.entropy_ratio < COLLAPSE * self.usual_entropy_ratio
         self.num_collapsed = self.num_collapsed + 1 if is_low else 0
-        if not is_low and math.isfinite(self.entropy_ratio):
+        if not is_low and not is_shrunk and math.isfinite(self.entropy_ratio):
             self._ratios.append(self.entropy_ratio)
             self.usual_entropy_ratio = statistics.median(self._ratios)
 

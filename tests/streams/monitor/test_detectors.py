@@ -1,4 +1,4 @@
-"""Drift detectors on minutes, and the index of stability."""
+"""Drift detectors on minutes as they are set here, and the index of stability."""
 
 import math
 from collections import Counter
@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from streams.monitor.detectors import Adwin, PageHinkley, Scored, chance_of_alarm
+from streams.monitor.detectors import chance_of_alarm, drift_detectors
 from streams.monitor.distributions import MIN_REFERENCE, MIN_WINDOW, Stability, psi
 
 
@@ -16,23 +16,20 @@ def minutes(shift: float, num: int = 120) -> list[float]:
     return values.tolist()
 
 
-@pytest.mark.parametrize("make", [Adwin, lambda: PageHinkley(delta=0.5, threshold=12.0)])
-def test_detector_sees_a_step_and_nothing_else(make: type[Adwin]) -> None:
-    assert not any(map(make().update, minutes(0.0)))
-    detector = make()
-    found = [number for number, value in enumerate(minutes(3.0)) if detector.update(value)]
+@pytest.mark.parametrize("name", ["adwin", "page_hinkley"])
+def test_detector_sees_a_step_soon_and_nothing_else_and_stands_beside_chance(name: str) -> None:
+    quiet, scored = drift_detectors()[name], drift_detectors()[name]
+    assert not any(map(quiet.update, minutes(0.0)))
+    assert quiet.rate == 0.0
+    found = [number for number, value in enumerate(minutes(3.0)) if scored.update(value)]
     assert found
-    assert all(120 <= number < 160 for number in found)
+    assert all(120 <= number < 150 for number in found)
+    assert (scored.num_looks, scored.num_alarms, scored.rate) == (240, len(found), len(found) / 240)
 
 
-def test_detector_stands_beside_chance() -> None:
-    scored = Scored(PageHinkley(delta=0.5, threshold=12.0))
-    for value in minutes(3.0):
-        scored.update(value)
-    assert scored.num_alarms == 1
-    assert scored.rate == 1 / 240
-    # Random alarms of this rate would fall into the 40 minutes after the step in one run of six.
-    assert chance_of_alarm(scored.rate, 40) == pytest.approx(0.154, abs=0.001)
+def test_random_alarms_hit_a_span_by_chance() -> None:
+    # Of one alarm in 240 looks: 40 looks are hit in one run of six.
+    assert chance_of_alarm(1 / 240, 40) == pytest.approx(0.154, abs=0.001)
 
 
 def test_index_is_zero_for_the_same_and_grows_with_the_difference() -> None:
