@@ -53,6 +53,12 @@ class Trouble:
     refused: str = ""
     dead_letters: int = 0
     """In a step."""
+    is_unknown: bool = False
+    """Examples are written with the label kind `unknown`."""
+    is_held: bool = False
+    """Learning is frozen."""
+    exploration: float = 1.0
+    """What the registry says of it; what is shown does not follow."""
 
 
 class _Predictor:
@@ -149,7 +155,13 @@ class Drill:
         self._late = self._late[-1:]
         for each in due:
             self.monitor.add(each, 0, now_ms, now_ms)
-        facts = Facts(refused=trouble.refused, num_dead_letters=trouble.dead_letters, known_cause=self.known_cause)
+        facts = Facts(
+            is_held=trouble.is_held,
+            exploration=trouble.exploration,
+            refused=trouble.refused,
+            num_dead_letters=trouble.dead_letters,
+            known_cause=self.known_cause,
+        )
         for alert in self.monitor.tick(now_ms, facts):
             self.alerts.append((self.now_s, alert))
 
@@ -202,9 +214,11 @@ class Drill:
             "holdout": is_holdout,
             "kind": np.where(is_click & in_time, "final", "provisional"),
         }
+        if trouble.is_unknown:
+            columns["kind"] = np.full(num, "unknown")
         batch = self._batch(requests, creatives, slot_p, columns)
         rows = np.flatnonzero(is_click & ~in_time)
-        columns |= {"is_click": is_click, "kind": np.full(num, "late_positive")}
+        columns |= {"is_click": is_click, "kind": np.full(num, "unknown" if trouble.is_unknown else "late_positive")}
         return batch, self._batch(requests, creatives, slot_p, columns, rows)
 
     def _choose(self, requests: Requests, trouble: Trouble) -> tuple[Any, Any, Any]:

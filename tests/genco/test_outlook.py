@@ -10,9 +10,20 @@ from genco.outlook import RegistryOutlook
 from genco.services import RedisServer
 from serving.policy import DecisionRequest, Policy
 from streams.contracts.examples import ExampleBatch
-from streams.contracts.registry import Version, blob_key, candidate_key, current_key, freeze_key, manifest_key
+from streams.contracts.registry import (
+    Version,
+    blob_key,
+    candidate_key,
+    current_key,
+    epoch_key,
+    freeze_key,
+    manifest_key,
+    switches_key,
+)
 from streams.contracts.settings import MonitorSettings
 from streams.contracts.snapshot import GateVerdict, PolicySnapshot, pack_tensors, sign
+from streams.registry import Registry
+from streams.registry_actions import Operator, Order
 from tests.builders import batch_of, changed, shown
 from tests.serving.test_policy import SLOTS, spec_of, tensors_of
 from tests.snapshots import KEY, snapshot
@@ -55,9 +66,9 @@ def publish(registry: redis.Redis, version: int) -> PolicySnapshot:
     return made
 
 
-def decided(made: PolicySnapshot) -> ExampleBatch:
-    """Twelve decisions of a policy, as they are logged."""
-    policy = Policy.from_snapshot(made.blob, made.manifest)
+def decided(made: PolicySnapshot, share: float = 1.0) -> ExampleBatch:
+    """Twelve decisions of a policy of which a share explores, as they are logged."""
+    policy = Policy.from_snapshot(made.blob, made.manifest).exploring(share)
     requests = [DecisionRequest("p1", {"device": "ios"}, SLOTS, seed=seed) for seed in range(12)]
     candidates = {slot: list(ids) for slot, ids in SLOTS.items()}
     return batch_of(
@@ -102,6 +113,48 @@ def test_propensities_of_another_policy_are_mismatches(settings: MonitorSettings
     assert (look.num_recomputed, look.num_mismatched) == (12, 1)
     unknown = changed(batch, policy_version=[2] * 12)
     assert outlook.look(4_000, [unknown]).num_recomputed == 0
+
+
+def test_propensities_are_those_of_any_share_that_has_explored(
+    settings: MonitorSettings, registry: redis.Redis
+) -> None:
+    outlook, made = RegistryOutlook(settings), publish(registry, 1)
+    registry.set(epoch_key("default"), "1")
+    operator = Operator(Registry(registry, "default"), registry, lambda record: None)
+    outlook.look(1_000, [])
+    before, after = decided(made), decided(made, share=0.25)
+    assert not np.allclose(before.propensity, after.propensity)
+    assert outlook.look(2_000, [after]).num_mismatched > 0
+    for share in (0.25, 0.5):
+        operator.explore(share, Order("ann", 1_000))
+    for batch in (before, after, decided(made, share=0.5)):
+        look = outlook.look(3_000, [batch])
+        assert (look.exploration, look.num_recomputed, look.num_mismatched) == (0.5, 12, 0)
+    assert outlook.look(4_000, [decided(made, share=0.75)]).num_mismatched > 0
+    # Who has come later knows it from the registry's audit.
+    late = RegistryOutlook(settings)
+    late.look(5_000, [])
+    assert late.look(6_000, [after]).num_mismatched == 0
+
+
+def test_examples_of_unknown_label_are_not_repeated(settings: MonitorSettings, registry: redis.Redis) -> None:
+    outlook, batch = RegistryOutlook(settings), decided(publish(registry, 1))
+    outlook.look(1_000, [])
+    nobody_knows = changed(batch, label_kind=["unknown"] * 12, propensity={3: 0.123})
+    assert outlook.look(2_000, [nobody_knows]).num_recomputed == 0
+
+
+def test_frozen_learning_holds_the_model_even_while_redis_is_away(
+    settings: MonitorSettings, registry: redis.Redis
+) -> None:
+    outlook = RegistryOutlook(settings)
+    publish(registry, 1)
+    assert not outlook.look(1_000, []).is_held
+    registry.hset(switches_key("default"), mapping={"learning_frozen": "1", "exploration": "0.5"})
+    assert outlook.look(2_000, []).is_held
+    registry.set(epoch_key("default"), "no number")
+    look = outlook.look(3_000, [])
+    assert (look.is_held, look.exploration) == (True, 0.5)
 
 
 def test_freeze_and_refusal_are_told_an_old_refusal_is_not(settings: MonitorSettings, registry: redis.Redis) -> None:

@@ -107,6 +107,35 @@ def test_labels_are_not_judged_while_the_join_rate_drop_of_the_joiner_fires(heal
     assert drill.run(300) == []
 
 
+def test_examples_of_unknown_label_count_nowhere(healthy: Drill) -> None:
+    drill = copy.deepcopy(healthy)
+    newest_ms = drill.monitor.newest_ms
+    # The learner learns none of them either, and is not behind for it.
+    assert drill.run(300, Trouble(clicks_arrive=0.0, is_unknown=True, learning_stops=True)) == []
+    assert drill.monitor.num_unknown == 12_000
+    assert drill.monitor.newest_ms == newest_ms
+    assert drill.monitor.maturing.num_waiting == 0
+    assert drill.run(300) == []
+    assert drill.monitor.checks.recent.all.ratio == pytest.approx(1.0, abs=0.15)
+
+
+def test_learner_that_is_frozen_is_not_stalled(healthy: Drill) -> None:
+    drill = copy.deepcopy(healthy)
+    assert drill.run(300, Trouble(learning_stops=True, is_held=True)) == []
+    assert drill.monitor.staleness_ms > 200_000
+
+
+def test_policy_whose_exploration_was_shrunk_has_not_collapsed(healthy: Drill) -> None:
+    drill = copy.deepcopy(healthy)
+    usual = drill.monitor.policy.usual_entropy_ratio
+    assert drill.run(300, Trouble(is_collapsed=True, exploration=0.0)) == []
+    assert drill.monitor.policy.entropy_ratio < 0.2 * usual
+    assert drill.run(300) == []
+    assert drill.monitor.policy.usual_entropy_ratio == pytest.approx(usual, rel=0.05)
+    (alert,) = drill.run(180, Trouble(is_collapsed=True))
+    assert alert.name == "PropensityCollapse"
+
+
 def test_flood_of_dead_letters_breaks_the_join_and_a_few_do_not(healthy: Drill) -> None:
     drill = copy.deepcopy(healthy)
     assert drill.run(120, Trouble(dead_letters=1)) == []
