@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _extra(package: str) -> str:
     """Return how to install what is missing."""
-    extras = {"fastapi": "serving", "uvicorn": "serving", "torch": "learner", "matplotlib": "plot"}
+    extras = {"fastapi": "serving", "uvicorn": "serving", "torch": "learner", "matplotlib": "plot", "river": "monitor"}
     extras |= dict.fromkeys(("faust", "aiokafka", "fsspec"), "streams")
     extras |= dict.fromkeys(("numba", "psutil", "vowpalwabbit"), "bench")
     return f"install it with the extra {extras.get(package, 'local')}: pip install '.[{extras.get(package, 'local')}]'"
@@ -99,6 +99,15 @@ def _archive(_: argparse.Namespace) -> None:
     from streams.contracts.settings import ArchiveSettings
 
     run(load(ArchiveSettings))
+
+
+def _monitor(_: argparse.Namespace) -> None:
+    from genco.outlook import RegistryOutlook
+    from streams.contracts.settings import MonitorSettings
+    from streams.monitor.agent import run
+
+    settings = load(MonitorSettings)
+    run(settings, RegistryOutlook(settings))
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -342,6 +351,7 @@ def _parser() -> argparse.ArgumentParser:
         verb("join", _join, "joins impressions and clicks into examples"),
         learn,
         verb("archive", _archive, "writes examples to Parquet files"),
+        verb("monitor", _monitor, "tells what went wrong, the world or us"),
     ):
         process.formatter_class = argparse.RawDescriptionHelpFormatter
         process.epilog = _settings_help()

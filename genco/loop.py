@@ -31,7 +31,7 @@ from streams.clients import check_topics, create_topics, require_empty_topics
 from streams.contracts.settings import PREFIX, ConfigurationError, JoinSettings, KafkaSettings, load
 from streams.contracts.topics import partition_counts
 
-Role = Literal["join", "learn", "serve"]
+Role = Literal["join", "learn", "serve", "monitor"]
 KafkaKind = Literal["embedded", "home", "configured"]
 
 _LOG_LEVEL: Final = "GENCO_LOG_LEVEL"

@@ -13,6 +13,10 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 MAX_EVIDENCE = 32
+HEARTBEAT = "DeadMan"
+"""Name of the alert that the monitor writes every minute while it works: whoever misses it shall be alarmed."""
+JOIN_RATE_DROP = "JoinRateDrop"
+"""Name of the joiner's own alert: while it fires, labels are known to be wrong, and the monitor judges none."""
 Count = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(min_length=1, max_length=64)]
 
@@ -67,6 +71,11 @@ class Alert(BaseModel):
     """The numbers that led to it, by name; ratios as fractions, times in seconds."""
     actions: Annotated[list[str], Field(max_length=16)] = []
     """What was done by itself, and the command that undoes each."""
+
+    @property
+    def is_heartbeat(self) -> bool:
+        """Whether it says that the monitor lives, and no more."""
+        return self.name == HEARTBEAT
 
     @classmethod
     def from_bytes(cls, value: bytes) -> Alert:

@@ -141,14 +141,16 @@ class ActionSettings(_Settings):
     """Share of the traffic beside the uniform one that still explores after shrink-exploration."""
     # Needed for the action rollback alone: servers go back by signed moves only.
     signing_key: Annotated[SecretStr, Field(min_length=32)] | None = None
-    """At least 32 characters; the same for servers and learner. Make one with: openssl rand -hex 32"""
+    """At least 32 characters; the same in every process. Make one with: openssl rand -hex 32. The joiner needs it for
+    rollbacks in GENCO_ALERT_ACTIONS alone."""
 
 
 class SigningSettings(_Settings):
     """The secret behind decision ids and manifests."""
 
     signing_key: Annotated[SecretStr, Field(min_length=32)]
-    """At least 32 characters; the same for servers and learner. Make one with: openssl rand -hex 32"""
+    """At least 32 characters; the same in every process. Make one with: openssl rand -hex 32. The joiner needs it for
+    rollbacks in GENCO_ALERT_ACTIONS alone."""
 
     def signing_key_bytes(self) -> bytes:
         """Return the key, at most 64 bytes (the limit of keyed BLAKE2b)."""
@@ -313,7 +315,24 @@ class ArchiveSettings(KafkaSettings, MetricsSettings):
     """Memory for examples, over all partitions; beyond it the fullest is written at once, which takes as much again."""
 
 
-ALL: Final[tuple[type[_Settings], ...]] = (JoinSettings, LearnSettings, ServeSettings, ArchiveSettings)
+class MonitorSettings(KafkaSettings, RedisSettings, SigningSettings, WindowSettings, MetricsSettings):
+    """Settings of `genco monitor`."""
+
+    monitor_group: str = "genco-monitor"
+    """Consumer group of the monitor. One process of a group watches; each start reads the last attribution window."""
+    monitor_interval_ms: Annotated[int, Field(ge=1_000, le=60_000)] = 10_000
+    """What has come is judged this often, and the registry is asked for the policy that serves."""
+    monitor_warm_examples: Annotated[int, Field(ge=0, le=100_000_000)] = 20_000
+    """Matured decisions with a prediction that pass before labels are judged: a young model is wrong, and learns."""
+    monitor_stale_ms: Annotated[int, Field(ge=1_000, le=86_400_000)] = 60_000
+    """A policy that is this far behind the newest example is a ticket, five times as far a page."""
+    monitor_late_ms: Annotated[int, Field(ge=1_000, le=86_400_000)] = 60_000
+    """Examples that are written this long after they were due are late."""
+    monitor_ignored_fields: str = "hour,minute,weekday,day"
+    """Fields of the context that move by themselves, separated by commas: their mix is not watched."""
+
+
+ALL: Final[tuple[type[_Settings], ...]] = (JoinSettings, LearnSettings, ServeSettings, ArchiveSettings, MonitorSettings)
 
 SettingsT = TypeVar("SettingsT", bound=_Settings)
 
@@ -394,6 +413,7 @@ def document() -> str:
         "learn": LearnSettings,
         "serve": ServeSettings,
         "archive": ArchiveSettings,
+        "monitor": MonitorSettings,
     }
     fields = {name: info for settings in ALL for name, info in settings.model_fields.items()}
     lines = [

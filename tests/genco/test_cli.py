@@ -54,7 +54,7 @@ def taken_port() -> Iterator[str]:
         yield str(listener.getsockname()[1])
 
 
-@pytest.mark.parametrize("verb", ["join", "learn", "serve", "archive"])
+@pytest.mark.parametrize("verb", ["join", "learn", "serve", "archive", "monitor"])
 def test_missing_settings_are_named_and_exit_with_78(verb: str) -> None:
     result = genco(verb)
     assert result.returncode == 78
