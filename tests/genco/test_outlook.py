@@ -57,7 +57,7 @@ def publish(registry: redis.Redis, version: int) -> PolicySnapshot:
         "vocabulary": np.frombuffer(spec.to_json(), np.uint8),
         "settings": np.frombuffer(b'{"epsilon": 0.05}', np.uint8),
     }
-    made = snapshot(version, blob=pack_tensors(tensors), feature_spec_hash=spec.hash)
+    made = snapshot("default", 1, version, blob=pack_tensors(tensors), feature_spec_hash=spec.hash)
     manifest = made.manifest
     registry.set(blob_key("default", 1, version), made.blob)
     registry.set(manifest_key("default", 1, version), manifest.model_dump_json())
@@ -163,7 +163,7 @@ def test_freeze_and_refusal_are_told_an_old_refusal_is_not(settings: MonitorSett
     registry.set(freeze_key("default"), "1")
     verdict = GateVerdict(accepted=False, reasons=("norm_mean is 2000",))
     for version, refused in ((1, ""), (3, "norm_mean is 2000")):
-        manifest = snapshot(version).manifest.model_copy(update={"gate": verdict})
+        manifest = snapshot("default", 1, version).manifest.model_copy(update={"gate": verdict})
         registry.set(candidate_key("default"), sign(manifest, KEY).model_dump_json())
         look = outlook.look(1_000, [])
         assert (look.is_held, look.refused) == (True, refused)
