@@ -70,6 +70,12 @@ def _alternatives(ratio: float) -> tuple[float, float]:
     return ratio / 20, ratio / 2
 
 
+ENDED: Final = 5.0
+"""Impressions that were to be expected since the last one, by which traffic has ended: one lull in e^5 is as long."""
+ENDED_MS: Final = 1_500
+"""Event time without an impression that it takes at least: late ones come a second at a time."""
+
+
 @dataclass(frozen=True, slots=True)
 class Outage:
     """What the test knows of clicks that do not come."""
@@ -122,6 +128,7 @@ class JoinRate:
         self.shown_A: FloatArray = np.zeros(NUM_AGES)
         self._sums = np.zeros(2)
         self._runs = [_Run(), _Run()]
+        self._idle_bins = 0
         self.outage: Outage | None = None
         self._run = _Run()
         self._recovery = 0.0
@@ -136,6 +143,8 @@ class JoinRate:
 
     def shown(self, times_ms: NDArray[np.int64]) -> None:
         """Note impressions. Of those behind `advance` only the clicks that are still to come are expected."""
+        if len(times_ms):
+            self._idle_bins = 0
         bins, counts = np.unique(times_ms // self.bin_ms, return_counts=True)
         for number, count in zip(bins.tolist(), counts.tolist(), strict=True):
             if self._next is None or number >= self._next:
@@ -190,7 +199,10 @@ class JoinRate:
         if self.outage is not None:
             self._watch_recovery(self.outage, number, expected, observed, num_shown)
             return
-        if self.is_armed:
+        self._idle_bins = 0 if num_shown else self._idle_bins + 1
+        # Where nothing is shown any more either, traffic has ended: the clicks still due are no sign of a broken join.
+        has_ended = self._idle_bins * self.bin_ms > ENDED_MS and self._idle_bins * self._lags.mean() > ENDED
+        if self.is_armed and not has_ended:
             self._test(number, expected, observed, num_shown)
         # While it looks like an outage nothing is learned, or a slow one would become what is expected.
         if self._sums.max() < self.threshold / 4:

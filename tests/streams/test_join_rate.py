@@ -290,3 +290,10 @@ def test_impressions_that_are_always_late_are_watched_all_the_same() -> None:
     scene.stop_clicks()
     assert scene.go_on(60) is not None
     assert watch.outage is None
+
+
+def test_traffic_that_ends_with_its_clicks_is_no_outage() -> None:
+    scene = Traffic(np.random.default_rng(11), JoinRate(WAIT_MS, 0.4))
+    assert scene.go_on(300, rate=700) is None
+    scene.stop_clicks()
+    assert scene.go_on(300, rate=0) is None
