@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from benchmarks.decide.command import add_parser as add_bench_decide
 from benchmarks.learn.command import add_parser as add_bench_learn
@@ -28,6 +28,9 @@ from streams.contracts.settings import EX_CONFIG, ConfigurationError, MetricsSet
 from streams.contracts.topics import CLICKS, IMPRESSIONS
 from streams.telemetry import configure_logging
 
+ONE_LINERS: Final = ("dead-letters", "policy", "check")
+"""Verbs that say in one line what has failed; what the client of Kafka logs on its way there only hides it."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb and return the exit code."""
@@ -35,7 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     command: Callable[[argparse.Namespace], int | None] = arguments.command
     try:
-        configure_logging(load(MetricsSettings).log_level)
+        settings = load(MetricsSettings)
+        configure_logging(settings.log_level)
+        if arguments.verb in ONE_LINERS and settings.log_level != "DEBUG":
+            logging.getLogger("kafka").setLevel("CRITICAL")
         return command(arguments) or 0
     except ConfigurationError as error:
         print(f"genco {arguments.verb}: {error}", file=sys.stderr)
